@@ -1,0 +1,287 @@
+"""Op builder over a GraphSurgeon graph: fresh names, constants, dtypes and shapes.
+
+``op.MatMul(g, w)`` appends a node and returns its output; ``op.Split(x, num_outputs=2, outputs=2)`` returns a
+tuple.  Numbers become constants of the dtype of the first tensor operand, lists of ints become int64 constants,
+arrays become constants as they are, and None is an absent optional operand.  The same operator on the same operands
+is emitted once (every emitted operator is deterministic).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+
+Operand = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
+Dim = int | str | None
+
+_INT64_OUTPUT = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
+_BOOL_OUTPUT = frozenset(
+    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"}
+)
+#: Which operand gives the output its dtype, where it is not the first.
+_DTYPE_OPERAND = {"Where": 1, "OneHot": 2}
+
+
+class Emitter:
+    """Appends operators to ``graph``.
+
+    Args:
+        graph: receives the nodes; its opset decides nothing here, emitted operators take the form of opset 18.
+        names: tensor and node names already in use.
+    """
+
+    def __init__(self, graph: gs.Graph, names: set[str] | None = None) -> None:
+        self.graph = graph
+        self.names = set(names) if names is not None else _names(graph)
+        self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
+        self._constants: dict[tuple, gs.Constant] = {}
+        self._alias: dict[str, str] = {}
+        self._prefix = "zilc"
+        self._metadata: dict[str, str] = {}
+
+    # -- names and places --
+
+    def fresh(self, name: str) -> str:
+        """``name``, or ``name_1``, ``name_2`` … if taken; taken from now on."""
+        candidate, count = name, 0
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    @contextlib.contextmanager
+    def place(self, prefix: str, **metadata: Any) -> Iterator[None]:
+        """Nodes emitted inside are named ``prefix/Op`` and carry ``metadata`` as ``zilc.KEY``."""
+        old = self._prefix, self._metadata
+        self._prefix = prefix
+        self._metadata = {f"zilc.{key}": str(value) for key, value in metadata.items() if value is not None}
+        try:
+            yield
+        finally:
+            self._prefix, self._metadata = old
+
+    def alias(self, name: str, root: str) -> None:
+        """Say that two tensors hold the same value, so that work on either is done once."""
+        self._alias[name] = self._alias.get(root, root)
+
+    # -- operators --
+
+    def __getattr__(self, op_type: str) -> Any:
+        if not op_type[:1].isupper():
+            raise AttributeError(op_type)
+
+        def emit(*operands: Operand, outputs: int = 1, **attrs: Any) -> Any:
+            return self.emit(op_type, *operands, outputs=outputs, **attrs)
+
+        return emit
+
+    def emit(self, op_type: str, *operands: Operand, outputs: int = 1, domain: str | None = None, **attrs: Any) -> Any:
+        """Append one node; returns its output, or a tuple if ``outputs`` > 1.
+
+        Attributes that are None are left to the operator's default.
+        """
+        # A number takes its dtype from the operand that gives the output its own: not from Where's condition.
+        value_operands = operands[_DTYPE_OPERAND.get(op_type, 0) :]
+        like = next((t for t in (*value_operands, *operands) if isinstance(t, gs.Tensor)), None)
+        inputs = [self._operand(t, like) for t in operands]
+        while inputs and inputs[-1].name == "":
+            inputs.pop()
+        attrs = {k: v for k, v in attrs.items() if v is not None}
+        key = (
+            op_type,
+            domain,
+            tuple(self._alias.get(t.name, t.name) for t in inputs),
+            tuple(sorted((k, _freeze(v)) for k, v in attrs.items())),
+            outputs,
+        )
+        made = self._made.get(key)
+        if made is None:
+            made = self._append(op_type, domain, inputs, attrs, outputs)
+            self._made[key] = made
+        return made[0] if outputs == 1 else made
+
+    def _append(
+        self, op_type: str, domain: str | None, inputs: list[gs.Tensor], attrs: dict[str, Any], outputs: int
+    ) -> tuple[gs.Variable, ...]:
+        name = self.fresh(f"{self._prefix}/{op_type}")
+        results = []
+        for index in range(outputs):
+            tensor_name = name if outputs == 1 else self.fresh(f"{name}.{index}")
+            results.append(gs.Variable(tensor_name, dtype=self.output_dtype(op_type, inputs, attrs, index)))
+        packed = {
+            k: gs.Constant("", v) if isinstance(v, np.ndarray) else (list(v) if isinstance(v, tuple) else v)
+            for k, v in attrs.items()
+        }
+        node = gs.Node(op=op_type, name=name, attrs=packed, inputs=inputs, outputs=results, domain=domain)
+        node.metadata = dict(self._metadata)
+        self.graph.nodes.append(node)
+        return tuple(results)
+
+    def _operand(self, value: Operand, like: gs.Tensor | None) -> gs.Tensor:
+        if value is None:
+            return gs.Variable.empty()
+        if isinstance(value, gs.Tensor):
+            return value
+        if isinstance(value, (np.ndarray, np.generic)):
+            return self.constant(np.asarray(value))
+        if isinstance(value, (list, tuple)):
+            return self.constant(np.asarray(value, np.int64))
+        if like is None:
+            raise TypeError(f"the number {value!r} has no tensor beside it to take its dtype from")
+        return self.constant(np.asarray(value, self.dtype(like)))
+
+    def constant(self, array: np.ndarray) -> gs.Constant:
+        """A constant, made once for each dtype, shape and content."""
+        array = np.ascontiguousarray(array) if array.ndim else np.asarray(array)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            flat = array.reshape(-1)
+            label = "_".join(_label(v) for v in flat) if 0 < flat.size <= 4 else "x".join(map(str, array.shape))
+            self._constants[key] = gs.Constant(self.fresh(f"zilc.const/{array.dtype.name}/{label}"), array)
+        return self._constants[key]
+
+    # -- what is known of a tensor --
+
+    def output_dtype(self, op_type: str, inputs: list[gs.Tensor], attrs: dict[str, Any], index: int) -> Any:
+        if op_type in _INT64_OUTPUT or (op_type in ("MaxPool", "TopK") and index == 1):
+            return np.dtype(np.int64)
+        if op_type in _BOOL_OUTPUT or (op_type == "Dropout" and index == 1):
+            return np.dtype(bool)
+        if op_type == "Cast":
+            return onnx_io.np_dtype(attrs["to"])
+        if op_type in ("ConstantOfShape",):
+            return attrs["value"].dtype if "value" in attrs else np.dtype(np.float32)
+        if op_type == "LayerNormalization" and index > 0:
+            return onnx_io.np_dtype(attrs.get("stash_type", 1))
+        which = _DTYPE_OPERAND.get(op_type, 0)
+        if which < len(inputs):
+            return self.dtype(inputs[which])
+        return None
+
+    def dtype(self, x: gs.Tensor) -> np.dtype:
+        """numpy dtype of a tensor (ml_dtypes' bfloat16 included)."""
+        known = onnx_io.np_dtype(x.dtype)
+        if known is None:
+            self._infer(x)
+            known = onnx_io.np_dtype(x.dtype)
+        if known is None:
+            raise TypeError(f"dtype of tensor '{x.name}' is unknown")
+        return known
+
+    def dims(self, x: gs.Tensor) -> list[Dim] | None:
+        """Shape as far as it is known: ints, names of symbolic dimensions, None for unknown; None if not even the rank."""
+        if x.shape is None and isinstance(x, gs.Variable):
+            self._infer(x)
+        return None if x.shape is None else list(x.shape)
+
+    def rank(self, x: gs.Tensor) -> int | None:
+        """Number of dimensions, or None if unknown."""
+        dims = self.dims(x)
+        return None if dims is None else len(dims)
+
+    def static(self, x: gs.Tensor) -> tuple[int, ...] | None:
+        """Shape if every dimension is a known number, else None."""
+        dims = self.dims(x)
+        if dims is None or not all(isinstance(n, (int, np.integer)) for n in dims):
+            return None
+        return tuple(int(n) for n in dims)  # type: ignore[arg-type]
+
+    def value(self, x: gs.Tensor | None) -> np.ndarray | None:
+        """The array behind a constant, or None for a tensor known only at run time."""
+        return onnx_io.values(x) if isinstance(x, gs.Constant) else None
+
+    def shape_of(self, x: gs.Tensor) -> gs.Tensor:
+        """int64 shape of ``x``: a constant where it is known, a ``Shape`` node where a dimension is symbolic."""
+        known = self.static(x)
+        return self.constant(np.asarray(known, np.int64)) if known is not None else self.Shape(x)
+
+    def dim_of(self, x: gs.Tensor, axis: int) -> gs.Tensor:
+        """One dimension as an int64 tensor of shape [1]."""
+        dims = self.dims(x)
+        if dims is not None and isinstance(dims[axis], (int, np.integer)):
+            return self.constant(np.asarray([dims[axis]], np.int64))
+        return self.Gather(self.Shape(x), self.constant(np.asarray([axis], np.int64)))
+
+    def scalar_like(self, value: float, x: gs.Tensor) -> gs.Constant:
+        """A rank-0 constant of the dtype of ``x``."""
+        return self.constant(np.asarray(value, self.dtype(x)))
+
+    def zeros_like(self, x: gs.Tensor) -> gs.Tensor:
+        """Zeros of the shape and dtype of ``x``."""
+        zero = self.scalar_like(0, x)
+        return self.Expand(zero, self.shape_of(x))
+
+    def cast(self, x: gs.Tensor, dtype: Any) -> gs.Tensor:
+        """``Cast``, or ``x`` itself if it has that dtype."""
+        wanted = np.dtype(dtype)
+        return x if self.dtype(x) == wanted else self.Cast(x, to=onnx_io.onnx_dtype(wanted))
+
+    def count(self, x: gs.Tensor, dtype: Any) -> gs.Tensor:
+        """Number of elements as a rank-0 tensor of ``dtype``: a constant where it is known."""
+        known = self.static(x)
+        if known is not None:
+            return self.constant(np.asarray(np.prod(known, dtype=np.int64), dtype))
+        return self.cast(self.Size(x), dtype)
+
+    def _infer(self, x: gs.Variable) -> None:
+        """Fill in dtype and shape of an emitted tensor from its producers, nearest first."""
+        stack = [x]
+        seen: set[str] = set()
+        while stack:
+            tensor = stack[-1]
+            node = tensor.inputs[0] if tensor.inputs else None
+            if node is None or tensor.shape is not None:
+                stack.pop()
+                continue
+            waiting = [
+                t
+                for t in node.inputs
+                if isinstance(t, gs.Variable) and t.name and t.shape is None and t.inputs and t.name not in seen
+            ]
+            if waiting:
+                seen.update(t.name for t in waiting)
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            for output, (dtype, shape) in zip(
+                node.outputs, onnx_io.infer_types(node, self.graph.opset), strict=True
+            ):
+                if output.dtype is None:
+                    output.dtype = dtype
+                if output.shape is None:
+                    output.shape = shape
+
+
+def _names(graph: gs.Graph) -> set[str]:
+    names = set(onnx_io.tensors(graph))
+    names.update(node.name for node in graph.nodes if node.name)
+    for inner in graph.subgraphs(recursive=True):
+        names.update(onnx_io.tensors(inner))
+    return names
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.shape, value.tobytes()
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(value, (gs.Graph, gs.Tensor)):
+        return id(value)
+    return value
+
+
+def _label(value: Any) -> str:
+    return str(value.item() if isinstance(value, np.generic) else value).replace(" ", "")
+
+
+FLOAT = int(onnx.TensorProto.FLOAT)
+INT64 = int(onnx.TensorProto.INT64)
+BOOL = int(onnx.TensorProto.BOOL)

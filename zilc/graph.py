@@ -1,0 +1,262 @@
+"""The graph as vertices and edges: the active part, through which derivatives flow (ZIL.md, section 3).
+
+A *vertex* is a node with the tensors it makes; a *leaf* is a floating tensor that no node makes (a parameter or a
+model input).  The active part keeps the vertices and leaves on a differentiable path from a leaf to a trained
+output.  Everything else is frozen at its forward value and takes no part in levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+
+#: Attribute of a gs.Node: it is an identity vertex that zilc put in (a delay or a terminal), not the model's own.
+INSERTED = "zilc_inserted"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Operand ``tensor``, made by vertex ``source`` (None: a leaf), read by ``consumer`` as its operand ``operand``.
+
+    An operand used twice by one vertex is two edges.
+    """
+
+    tensor: str
+    source: int | None
+    consumer: int
+    operand: int
+
+
+@dataclass
+class Dataflow:
+    """The active part of a graph.
+
+    Attributes:
+        graph: the whole graph.
+        vertices: active nodes in topological order; an edge names them by position.
+        names: a unique name for each vertex.
+        leaves: active leaves, model inputs first, then parameters in order of first use.
+        edges: by consumer, then operand.
+        outputs: the trained outputs.
+    """
+
+    graph: gs.Graph
+    vertices: list[gs.Node]
+    names: list[str]
+    leaves: list[str]
+    edges: list[Edge]
+    outputs: list[str]
+    tensors: dict[str, gs.Tensor] = field(repr=False, default_factory=dict)
+
+    @cached_property
+    def readers(self) -> dict[str, list[Edge]]:
+        """Edges by the tensor they carry."""
+        found: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.tensor, []).append(edge)
+        return found
+
+    @cached_property
+    def operands(self) -> list[list[Edge]]:
+        """Edges by consumer."""
+        found: list[list[Edge]] = [[] for _ in self.vertices]
+        for edge in self.edges:
+            found[edge.consumer].append(edge)
+        return found
+
+    @cached_property
+    def producer(self) -> dict[str, int]:
+        """Active vertex that makes a tensor."""
+        return {t.name: i for i, node in enumerate(self.vertices) for t in node.outputs if t.name}
+
+    @cached_property
+    def digraph(self) -> nx.MultiDiGraph:
+        """Vertices (ints) and leaves (names) as a networkx graph; edge keys are (operand, tensor)."""
+        made = nx.MultiDiGraph()
+        made.add_nodes_from(range(len(self.vertices)))
+        made.add_nodes_from(self.leaves)
+        for edge in self.edges:
+            source: int | str = edge.tensor if edge.source is None else edge.source
+            made.add_edge(source, edge.consumer, key=(edge.operand, edge.tensor))
+        return made
+
+    def upstream_of(self, wanted: Iterable[str]) -> set[int]:
+        """Vertices that lie on a path from one of the ``wanted`` leaves."""
+        reached: set[int] = set()
+        live = set(wanted)
+        for index, node in enumerate(self.vertices):
+            if any(edge.tensor in live for edge in self.operands[index]):
+                reached.add(index)
+                live.update(t.name for t in node.outputs if t.name)
+        return reached
+
+
+DifferentiableOperand = Callable[[gs.Node, int], bool]
+
+
+def captured(node: gs.Node) -> list[gs.Tensor]:
+    """Outer tensors that the subgraphs of a control-flow node read."""
+    found: dict[str, gs.Tensor] = {}
+    for inner in node.subgraphs():
+        for name, tensor in inner._foreign_tensors().items():
+            if name:
+                found.setdefault(name, tensor)
+    return list(found.values())
+
+
+def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: DifferentiableOperand) -> Dataflow:
+    """The vertices and leaves on a differentiable path from a leaf to one of ``outputs``.
+
+    Args:
+        graph: acyclic, nodes in topological order, constants lifted to initializers.
+        outputs: names of floating tensors.
+        differentiable: whether a derivative flows from a node to one of its operands.
+    """
+    tensors = onnx_io.tensors(graph)
+    leaves = {t.name for t in graph.inputs if onnx_io.is_float(t)}
+    leaves.update(t.name for t in tensors.values() if isinstance(t, gs.Constant) and onnx_io.is_float(t))
+    input_names = [t.name for t in graph.inputs]
+
+    # Forwards: what depends differentiably on a leaf.
+    depends = set(leaves)
+    operands: list[list[tuple[int, str]]] = []
+    for node in graph.nodes:
+        found = [
+            (k, t.name) for k, t in enumerate(node.inputs) if t.name and t.name in depends and differentiable(node, k)
+        ]
+        if any(True for _ in node.subgraphs()):
+            # Captured values are operands too; no rule names them by position, so they follow the listed ones.
+            base = len(node.inputs)
+            found += [
+                (base + k, t.name)
+                for k, t in enumerate(captured(node))
+                if t.name in depends and onnx_io.is_float(t)
+            ]
+        operands.append(found)
+        if found:
+            depends.update(t.name for t in node.outputs if t.name and onnx_io.is_float(t))
+
+    # Backwards: what a trained output depends on.
+    wanted = set(outputs) & depends
+    keep: list[int] = []
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        if operands[index] and any(t.name in wanted for t in node.outputs if t.name):
+            keep.append(index)
+            wanted.update(name for _, name in operands[index])
+    keep.reverse()
+
+    vertices = [graph.nodes[i] for i in keep]
+    maker = {t.name: v for v, node in enumerate(vertices) for t in node.outputs if t.name}
+    edges = [
+        Edge(name, maker.get(name), v, k) for v, i in enumerate(keep) for k, name in operands[i]
+    ]
+    used = dict.fromkeys(e.tensor for e in edges if e.source is None)
+    used.update(dict.fromkeys(name for name in outputs if name in leaves))
+    ordered = [n for n in input_names if n in used] + [n for n in used if n not in set(input_names)]
+    return Dataflow(graph, vertices, _vertex_names(vertices), ordered, edges, list(outputs), tensors)
+
+
+def _vertex_names(nodes: Sequence[gs.Node]) -> list[str]:
+    """Node names, made unique; a nameless node is called after its first output."""
+    taken: set[str] = set()
+    names = []
+    for node in nodes:
+        base = node.name or next((t.name for t in node.outputs if t.name), node.op)
+        name, count = base, 0
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def copy_node(
+    node: gs.Node, inputs: Sequence[gs.Tensor] | None = None, outputs: Sequence[gs.Tensor] | None = None
+) -> gs.Node:
+    """A node like ``node`` on other tensors, with its metadata."""
+    made = gs.Node(
+        op=node.op,
+        name=node.name,
+        attrs=dict(node.attrs),
+        inputs=list(node.inputs) if inputs is None else list(inputs),
+        outputs=list(node.outputs) if outputs is None else list(outputs),
+        domain=node.domain,
+    )
+    made.metadata = dict(getattr(node, "metadata", {}))
+    made.doc_string = getattr(node, "doc_string", "")
+    if getattr(node, INSERTED, False):
+        setattr(made, INSERTED, True)
+    return made
+
+
+def copy_tensor(tensor: gs.Tensor, name: str | None = None) -> gs.Tensor:
+    """A tensor like ``tensor``, connected to nothing; constants share their values."""
+    if isinstance(tensor, gs.Constant):
+        return gs.Constant(name or tensor.name, tensor._values, data_location=tensor.data_location)
+    return gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
+
+
+@dataclass
+class Rebuild:
+    """A new graph grown node by node from an old one; the old one is left as it is.
+
+    GraphSurgeon rewires in place by comparing nodes, which is quadratic on large graphs; growing a copy is linear.
+    """
+
+    old: gs.Graph
+    tensors: dict[str, gs.Tensor] = field(default_factory=dict)
+    nodes: list[gs.Node] = field(default_factory=list)
+    _subgraph: Any = None
+
+    def tensor(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The new graph's tensor of that name."""
+        if not tensor.name:
+            return gs.Variable.empty()
+        if tensor.name not in self.tensors:
+            self.tensors[tensor.name] = copy_tensor(tensor)
+        return self.tensors[tensor.name]
+
+    def add(self, node: gs.Node, inputs: Sequence[gs.Tensor] | None = None) -> gs.Node:
+        """Append a copy of ``node``, reading ``inputs`` (new tensors) if given."""
+        made = copy_node(
+            node,
+            [self.tensor(t) for t in node.inputs] if inputs is None else inputs,
+            [self.tensor(t) for t in node.outputs],
+        )
+        for inner in node.subgraphs(recursive=True):
+            self._adopt(inner)
+        self.nodes.append(made)
+        return made
+
+    def _adopt(self, inner: gs.Graph) -> None:
+        """Captured tensors are found by name when a subgraph is written; make sure that they exist outside."""
+        for tensor in inner._foreign_tensors().values():
+            if isinstance(tensor, gs.Constant):
+                self.tensor(tensor)
+
+    def finish(self, outputs: Sequence[gs.Tensor] | None = None) -> gs.Graph:
+        """The new graph, with the old one's inputs, outputs, opset and metadata."""
+        old = self.old
+        made = gs.Graph(
+            nodes=self.nodes,
+            inputs=[self.tensor(t) for t in old.inputs],
+            outputs=[self.tensor(t) for t in (old.outputs if outputs is None else outputs)],
+            name=old.name,
+            doc_string=old.doc_string,
+            opset=old.opset,
+            import_domains=list(old.import_domains or []),
+            producer_name=old.producer_name,
+            producer_version=old.producer_version,
+            ir_version=old.ir_version,
+        )
+        made.metadata = dict(getattr(old, "metadata", {}))
+        return made

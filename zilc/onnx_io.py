@@ -1,0 +1,530 @@
+"""File to GraphSurgeon graph and back: the only door to protobuf.
+
+GraphSurgeon's graph is the IR.  What it drops (node and model metadata, doc strings, where external data
+lies) is carried here, and its logger, which writes to stdout, is kept silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx
+import onnx.checker
+import onnx.external_data_helper
+import onnx.helper
+import onnx.numpy_helper
+import onnx.shape_inference
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from zilc.errors import FileError, ModelError
+
+#: The newest IR version and opset that the runtimes of the day load.
+MAX_IR_VERSION = 13
+MAX_OPSET = 26
+MIN_OPSET = 18
+#: Above this many bytes of initializers a written model keeps them in a file beside it (protobuf's limit is 2 GiB).
+EMBED_LIMIT = 1 << 30
+
+FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto
+
+
+@dataclass
+class Source:
+    """A model as it came in.  ``proto`` is never changed; external data is not loaded.
+
+    Attributes:
+        proto: the model.
+        path: the file, or None for bytes and protos.
+        base_dir: the folder that external data locations are relative to.
+    """
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+    base_dir: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.path) if self.path else (self.proto.graph.name or "model")
+
+    def digest(self) -> str:
+        return hashlib.sha256(serialize(self.proto)).hexdigest()
+
+
+def load(source: ModelSource | Source, *, base_dir: str | os.PathLike[str] | None = None) -> Source:
+    """Read a model from a path, bytes or a ModelProto, and check it.
+
+    Raises:
+        FileError: the file cannot be read.
+        ModelError: it is not a whole, valid ONNX model.
+    """
+    if isinstance(source, Source):
+        return source
+    path: Path | None = None
+    if isinstance(source, onnx.ModelProto):
+        proto = source
+    else:
+        if isinstance(source, (bytes, bytearray)):
+            data, where = bytes(source), "model"
+        else:
+            path = Path(source)
+            where = str(path)
+            data = read_bytes(path)
+        proto = _parse(data, where)
+    folder = str(base_dir) if base_dir is not None else (str(path.parent) if path else "")
+    loaded = Source(proto, path, folder)
+    _check(loaded)
+    return loaded
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file.  Raises FileError with the reason."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise FileError("no such file", where=str(path), hint="Check the path.") from error
+    except IsADirectoryError as error:
+        raise FileError("is a folder, expected a file", where=str(path)) from error
+    except OSError as error:
+        raise FileError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+
+def _parse(data: bytes, where: str) -> onnx.ModelProto:
+    hint = "Expected a whole ONNX model (protobuf); export or copy it again."
+    if not data:
+        raise ModelError("the file is empty", where=where, hint=hint)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        text = _looks_like_text(data)
+        what = "this is a text file, not an ONNX model" if text else "not an ONNX model, or cut short"
+        raise ModelError(f"{what} ({len(data):,} bytes)", where=where, hint=hint) from error
+    if not proto.HasField("graph") or not proto.opset_import:
+        what = "this is a text file, not an ONNX model" if _looks_like_text(data) else "no graph or no opset in it"
+        raise ModelError(what, where=where, hint=hint)
+    return proto
+
+
+def _looks_like_text(data: bytes) -> bool:
+    head = data[:512]
+    return all(byte in (9, 10, 13) or 32 <= byte < 127 or byte >= 128 for byte in head) and b"\x00" not in head
+
+
+def _check(source: Source) -> None:
+    """onnx's own structural check; external data must exist, and is not read."""
+    proto = source.proto
+    for tensor in external_tensors(proto):
+        location = _external_info(tensor).location
+        if not (Path(source.base_dir) / location).is_file():
+            raise ModelError(
+                f"external data file '{location}' of tensor '{tensor.name}' is not there",
+                where=source.name,
+                hint="Put it beside the model, or pass base_dir=.",
+            )
+    try:
+        # The checker resolves external data against a path only; a skeleton without it checks the rest.
+        onnx.checker.check_model(_without_external(proto))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"onnx.checker refuses it: {reason}", where=source.name, hint="Export the model again."
+        ) from error
+
+
+def _without_external(proto: onnx.ModelProto) -> onnx.ModelProto:
+    if not any(True for _ in external_tensors(proto)):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in external_tensors(copy):
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        if np.prod(tensor.dims, dtype=np.int64) * 1 <= 0:
+            continue
+        # Structure only: a one-element stand-in passes the checker whatever the real size.
+        del tensor.dims[:]
+        tensor.dims.extend([0])
+    return copy
+
+
+def external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers whose data lies in another file."""
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor
+
+
+def _external_info(tensor: onnx.TensorProto) -> Any:
+    return onnx.external_data_helper.ExternalDataInfo(tensor)
+
+
+class ExternalValues(LazyValues):
+    """Values in another file, mapped when asked for."""
+
+    def __init__(self, tensor: onnx.TensorProto, base_dir: str) -> None:
+        super().__init__(tensor)
+        self.base_dir = base_dir
+
+    def load(self) -> np.ndarray:
+        return read_tensor(self.tensor, self.base_dir)
+
+
+class FilledValues(LazyValues):
+    """One value everywhere, as ConstantOfShape makes it; written back as that operator."""
+
+    def __init__(self, shape: Sequence[int], value: np.generic) -> None:
+        self.tensor = onnx.TensorProto()
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype = np.dtype(value.dtype)
+        self.value = value
+        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        return np.full(self.shape, self.value, dtype=self.dtype)
+
+
+def read_tensor(tensor: onnx.TensorProto, base_dir: str = "") -> np.ndarray:
+    """The array of a TensorProto; external raw data is memory-mapped, so only what is used is read."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return onnx.numpy_helper.to_array(tensor)
+    info = _external_info(tensor)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    path = Path(base_dir) / info.location
+    try:
+        if dtype.itemsize * np.prod(tensor.dims, dtype=np.int64) == 0:
+            return np.zeros(tuple(tensor.dims), dtype)
+        return np.memmap(path, dtype=dtype, mode="r", offset=info.offset or 0, shape=tuple(tensor.dims))
+    except (OSError, ValueError) as error:
+        raise FileError(f"external data of tensor '{tensor.name}' cannot be read ({error})", where=str(path)) from error
+
+
+# --- protobuf -> IR -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """GraphSurgeon logs to stdout, which belongs to results."""
+    old = G_LOGGER.severity
+    G_LOGGER.severity = G_LOGGER.CRITICAL
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = old
+
+
+def np_dtype(dtype: Any) -> np.dtype | None:
+    """A GraphSurgeon dtype (numpy's, or ONNX's number) as numpy's; None if there is none."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, int):
+        try:
+            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
+        except (KeyError, TypeError):
+            return None
+    return np.dtype(dtype)
+
+
+def onnx_dtype(dtype: Any) -> int:
+    return dtype if isinstance(dtype, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether the tensor holds floating-point numbers (float16, bfloat16, float32 or float64)."""
+    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
+        return False
+    dtype = np_dtype(tensor.dtype)
+    return dtype is not None and dtype.name in FLOATS
+
+
+def to_graph(proto: onnx.ModelProto, base_dir: str = "") -> gs.Graph:
+    """GraphSurgeon's graph of a model, with metadata on nodes (``node.metadata``, ``node.doc_string``)."""
+    with _quiet():
+        graph = gs.import_onnx(proto)
+    graph.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
+    for node, original in zip(graph.nodes, proto.graph.node, strict=True):
+        node.metadata = {p.key: p.value for p in original.metadata_props}
+        node.doc_string = original.doc_string
+        for name, value in list(node.attrs.items()):
+            # GraphSurgeon cannot tell an empty list's type when it exports it.
+            if isinstance(value, list) and not value:
+                node.attrs[name] = EmptyList(next(a.type for a in original.attribute if a.name == name))
+    graph.metadata = {p.key: p.value for p in proto.metadata_props}
+    for tensor in tensors(graph).values():
+        if isinstance(tensor, gs.Constant):
+            lazy = tensor._values
+            if isinstance(lazy, LazyValues) and lazy.tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor._values = ExternalValues(lazy.tensor, base_dir)
+        elif tensor.dtype is not None and isinstance(tensor.dtype, int):
+            tensor.dtype = np_dtype(tensor.dtype) or tensor.dtype
+    return graph
+
+
+class EmptyList(list):
+    """An empty list attribute that remembers its ONNX attribute type."""
+
+    def __init__(self, onnx_type: int) -> None:
+        super().__init__()
+        self.onnx_type = onnx_type
+
+
+def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
+    """Every tensor of the graph by name, in the order inputs, node outputs and operands, outputs."""
+    found: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
+    for node in graph.nodes:
+        for tensor in (*list(node.inputs), *list(node.outputs)):
+            if tensor.name:
+                found.setdefault(tensor.name, tensor)
+    for tensor in graph.outputs:
+        found.setdefault(tensor.name, tensor)
+    return found
+
+
+def values(tensor: gs.Constant) -> np.ndarray:
+    """A constant's array, without making the constant keep it."""
+    held = tensor._values
+    return held.load() if isinstance(held, LazyValues) else held
+
+
+# --- IR -> protobuf -------------------------------------------------------------------------------------------
+
+
+def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = False) -> onnx.ModelProto:
+    """The model of a graph, node metadata included.
+
+    Args:
+        ir_version: at least 10 where nodes carry metadata.
+        infer: fill in the shapes of all tensors (onnx's shape inference, strict).
+    """
+    with _quiet():
+        proto = gs.export_onnx(_with_exportable_attributes(graph), do_type_check=False)
+    for node, made in zip(graph.nodes, proto.graph.node, strict=True):
+        for name, value in node.attrs.items():
+            if isinstance(value, EmptyList):
+                made.attribute.append(onnx.AttributeProto(name=name, type=value.onnx_type))
+        made.doc_string = getattr(node, "doc_string", "") or ""
+        for key, value in (getattr(node, "metadata", None) or {}).items():
+            made.metadata_props.append(onnx.StringStringEntryProto(key=key, value=str(value)))
+    _write_filled(graph, proto)
+    del proto.opset_import[:]
+    used = _used_domains(proto.graph.node)
+    for entry in graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)]:
+        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        if domain in used or domain == "":
+            version = graph.opset if domain == "" else entry.version
+            proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
+    for key, value in (getattr(graph, "metadata", None) or {}).items():
+        proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
+    proto.ir_version = ir_version or graph.ir_version or 10
+    if infer:
+        # Values are not needed to infer shapes, except small ones; large models exceed protobuf's limit anyway.
+        proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    return proto
+
+
+def _used_domains(nodes: Any) -> set[str]:
+    """Operator domains of nodes and of their subgraphs."""
+    used: set[str] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        used.add("" if node.domain == "ai.onnx" else node.domain)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                stack.extend(attribute.g.node)
+    return used
+
+
+def _with_exportable_attributes(graph: gs.Graph) -> gs.Graph:
+    """The same graph, empty-list attributes set aside (GraphSurgeon cannot export them)."""
+    if not any(isinstance(v, EmptyList) for n in graph.nodes for v in n.attrs.values()):
+        return graph
+    shell = gs.Graph(
+        inputs=graph.inputs, outputs=graph.outputs, name=graph.name, doc_string=graph.doc_string,
+        opset=graph.opset, import_domains=graph.import_domains, functions=graph.functions,
+        producer_name=graph.producer_name, producer_version=graph.producer_version, ir_version=graph.ir_version,
+    )  # fmt: skip
+    nodes = []
+    for node in graph.nodes:
+        if any(isinstance(v, EmptyList) for v in node.attrs.values()):
+            attrs = {k: v for k, v in node.attrs.items() if not isinstance(v, EmptyList)}
+            stand_in = gs.Node.__new__(gs.Node)
+            for key, value in (("op", node.op), ("name", node.name), ("attrs", attrs), ("domain", node.domain)):
+                object.__setattr__(stand_in, key, value)
+            object.__setattr__(stand_in, "inputs", node.inputs)
+            object.__setattr__(stand_in, "outputs", node.outputs)
+            node = stand_in
+        nodes.append(node)
+    shell.nodes = nodes
+    return shell
+
+
+def _write_filled(graph: gs.Graph, proto: onnx.ModelProto) -> None:
+    """Constants of one repeated value go out as ConstantOfShape, so that a small file stays small."""
+    filled = {
+        t.name: t._values
+        for t in tensors(graph).values()
+        if isinstance(t, gs.Constant) and isinstance(t._values, FilledValues)
+    }
+    if not filled:
+        return
+    kept = [t for t in proto.graph.initializer if t.name not in filled]
+    nodes = []
+    for name, fill in filled.items():
+        shape = onnx.numpy_helper.from_array(np.asarray(fill.shape, np.int64), f"{name}.shape")
+        kept.append(shape)
+        value = onnx.numpy_helper.from_array(np.asarray([fill.value], fill.dtype), "")
+        nodes.append(onnx.helper.make_node("ConstantOfShape", [shape.name], [name], name=f"{name}.fill", value=value))
+    body = list(proto.graph.node)
+    del proto.graph.initializer[:], proto.graph.node[:]
+    proto.graph.initializer.extend(kept)
+    proto.graph.node.extend(nodes + body)
+
+
+def infer_types(
+    node: gs.Node, opset: int, domains: Sequence[Any] = ()
+) -> list[tuple[np.dtype | None, list[int | str | None] | None]]:
+    """dtype and shape of each output of one node, by onnx's inference; (None, None) where it cannot tell."""
+    unknown: list[tuple[np.dtype | None, list[int | str | None] | None]] = [(None, None)] * len(node.outputs)
+    if node.domain not in (None, "", "ai.onnx"):
+        return unknown
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, "")
+        with _quiet():
+            from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+            made = OnnxExporter.export_node(node)
+        types = {}
+        data = {}
+        for tensor in node.inputs:
+            if not tensor.name or tensor.dtype is None:
+                continue
+            types[tensor.name] = onnx.helper.make_tensor_type_proto(onnx_dtype(tensor.dtype), tensor.shape)
+            if isinstance(tensor, gs.Constant) and np.prod(tensor.shape, dtype=np.int64) <= 64:
+                data[tensor.name] = onnx.numpy_helper.from_array(values(tensor), tensor.name)
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, made, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
+        )
+    except Exception:
+        return unknown
+    result = []
+    for tensor in node.outputs:
+        kind = found.get(tensor.name)
+        if kind is None or not kind.HasField("tensor_type"):
+            result.append((None, None))
+            continue
+        shape: list[int | str | None] | None = None
+        if kind.tensor_type.HasField("shape"):
+            shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in kind.tensor_type.shape.dim]
+        result.append((np_dtype(kind.tensor_type.elem_type), shape))
+    return result
+
+
+def check_full(proto: onnx.ModelProto, where: str = "emitted graph") -> None:
+    """onnx.checker with full checks.  A failure is a bug of zilc and is raised as it is."""
+    onnx.checker.check_model(proto, full_check=True)
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def serialize(proto: onnx.ModelProto) -> bytes:
+    """Bytes that depend on the content alone."""
+    return proto.SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Write beside the place, then rename: the file is whole or absent.
+
+    Raises:
+        FileError: the folder is missing or not writable, or the disk is full.
+    """
+    target = Path(path)
+    handle = None
+    try:
+        if target.is_dir():
+            raise FileError("is a folder, expected a file name", where=str(path))
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent or ".")
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise FileError(
+            f"cannot be written ({error.strerror or error})",
+            where=str(path),
+            hint="Check that the folder exists, is writable, and has room.",
+        ) from error
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all.  Raises FileError."""
+    with atomic_write(path) as handle:
+        handle.write(data)
+
+
+def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, base_dir: str = "", external: bool = False) -> bytes:
+    """Write a model; its file is whole or absent.  Returns the bytes of the model file.
+
+    External tensors are read from ``base_dir`` and embedded, or gathered in ``NAME.onnx.data`` beside the model
+    where ``external`` is asked for or they are too large to embed.
+    """
+    outside = list(external_tensors(proto))
+    total = sum(np.prod(t.dims, dtype=np.int64) * 4 for t in proto.graph.initializer)
+    if outside or external or total > EMBED_LIMIT:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        proto = copy
+        if external or total > EMBED_LIMIT:
+            _gather_external(proto, Path(path), base_dir)
+        else:
+            for tensor in external_tensors(proto):
+                name = tensor.name
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(read_tensor(tensor, base_dir)), name))
+    data = serialize(proto)
+    write_bytes(path, data)
+    return data
+
+
+def _gather_external(proto: onnx.ModelProto, path: Path, base_dir: str) -> None:
+    """Move every initializer of 1 KiB or more to ``path``.data, and point the model at it."""
+    location = path.name + ".data"
+    with atomic_write(path.with_name(location)) as handle:
+        for tensor in proto.graph.initializer:
+            array = np.ascontiguousarray(read_tensor(tensor, base_dir))
+            if array.nbytes < 1024:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+                continue
+            handle.write(b"\0" * (-handle.tell() % 64))
+            offset = handle.tell()
+            handle.write(array.tobytes())
+            name, dims, kind = tensor.name, list(tensor.dims), tensor.data_type
+            tensor.Clear()
+            tensor.name, tensor.data_type = name, kind
+            tensor.dims.extend(dims)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", str(offset)), ("length", str(array.nbytes))):
+                tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
