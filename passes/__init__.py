@@ -1,0 +1,15 @@
+"""The passes, in the order in which the pipeline runs them.
+
+1. ``prepare``     functions inlined, opset settled, dimensions fixed, shapes inferred, constants lifted, ties made,
+                   the file's own Identity nodes removed, terminal identities appended to outputs that need one
+2. ``levels``      analysis: a level for each vertex and leaf; where the slack is
+3. ``parameters``  analysis: which leaves are trained, and why the others are not
+4. ``identities``  identity vertices until every edge spans one level
+5. ``dynamics``    the equations of one inference step, as terms
+6. ``wavefront``   the same equations, specialised: what is left of them at each step
+   ``reverse``     plain reverse mode, the yardstick, which shares only rules, order of sums and clean-up
+7. ``training``    terms, losses and optimizers as ONNX nodes around the forward graph
+8. ``simplify``    what emission leaves behind
+
+``contracts`` holds the predicates that passes require and ensure.  Nothing is re-exported here.
+"""

@@ -1,0 +1,154 @@
+"""Identity vertices until every edge of a graph spans one level (ZIL.md, section 3; the paper's Algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from zilc.passes import contracts
+from zilc.passes.levels import Levels
+
+from zilc import onnx_io
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part
+from zilc.vjp.table import is_differentiable_operand
+
+Placement = Literal["edge", "shared"]
+
+
+def flow_of(graph: gs.Graph, outputs: Sequence[str]) -> Dataflow:
+    """The active part of a graph, by the rule table's word on which operands carry derivatives."""
+    return active_part(graph, outputs, lambda node, k: is_differentiable_operand(node, k, graph.opset))
+
+
+def insert_identities(
+    graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement: Placement = "shared"
+) -> gs.Graph:
+    """A new graph in which every edge spans exactly one level.
+
+    Requires: acyclic(graph); ``flow`` and ``levels`` are those of ``graph``.
+    Ensures:  levelled(result); outputs equal to those of graph.
+
+    Before:  a -> Relu -> Add,  a -> Add
+    After:   a -> Relu -> Add,  a -> Identity -> Add
+
+    *shared* makes one chain a tensor, as long as its longest gap, tapped by each consumer at its level; *edge* makes
+    one chain an edge.
+    """
+    contracts.require(contracts.acyclic(graph), "acyclic")
+    rebuild = Rebuild(graph)
+    names = set(onnx_io.tensors(graph)) | {n.name for n in graph.nodes}
+    position = {id(node): v for v, node in enumerate(flow.vertices)}
+    taps: dict[tuple[int, int], gs.Tensor] = {}  # (consumer, operand) -> the tensor it now reads
+
+    def chain(tensor: gs.Tensor, top: int, bottom: int, label: str) -> list[gs.Tensor]:
+        """Identity vertices on the levels top - 1 down to bottom."""
+        made: list[gs.Tensor] = []
+        source = rebuild.tensor(tensor)
+        for level in range(top - 1, bottom - 1, -1):
+            name = _fresh(f"{tensor.name}.id{level}{label}", names)
+            out = gs.Variable(name, tensor.dtype, tensor.shape)
+            node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
+            node.metadata = {}
+            node.doc_string = ""
+            setattr(node, INSERTED, True)
+            rebuild.nodes.append(node)
+            rebuild.tensors[name] = out
+            made.append(out)
+            source = out
+        return made
+
+    def delay(tensor: gs.Tensor, top: int, edges: Sequence[Edge]) -> None:
+        gaps = [(e, levels.gap(e)) for e in edges]
+        if placement == "shared":
+            lowest = min((levels.vertices[e.consumer] + 1 for e, gap in gaps if gap > 0), default=top)
+            made = chain(tensor, top, lowest, "")
+            for e, gap in gaps:
+                if gap > 0:
+                    taps[e.consumer, e.operand] = made[gap - 1]
+        else:
+            for e, gap in gaps:
+                if gap > 0:
+                    label = f".{flow.names[e.consumer]}.{e.operand}"
+                    taps[e.consumer, e.operand] = chain(tensor, top, top - gap, label)[-1]
+
+    for leaf in flow.leaves:
+        delay(flow.tensors[leaf], levels.leaves[leaf], flow.readers.get(leaf, []))
+    for node in graph.nodes:
+        vertex = position.get(id(node))
+        if vertex is None:
+            rebuild.add(node)
+            continue
+        inputs = [taps.get((vertex, k)) or rebuild.tensor(t) for k, t in enumerate(node.inputs)]
+        rebuild.add(node, inputs)
+        for tensor in node.outputs:
+            if tensor.name in flow.readers:
+                delay(tensor, levels.vertices[vertex], flow.readers[tensor.name])
+    result = rebuild.finish()
+    contracts.ensure(contracts.levelled(flow_of(result, flow.outputs)), "levelled")
+    return result
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a placement needs.
+
+    Attributes:
+        vertices: how many identity vertices.
+        by_level: how many on each level.
+        bytes: what their tensors hold, symbolic dimensions left out.
+        formula: the same with symbolic dimensions, as a sum of products.
+    """
+
+    vertices: int
+    by_level: dict[int, int]
+    bytes: int
+    formula: str
+
+
+def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
+    """Count the identities of a placement without inserting them."""
+    by_level: dict[int, int] = {}
+    sizes: dict[str, int] = {}
+    total = known = 0
+    for tensor, edges in flow.readers.items():
+        gaps = [levels.gap(e) for e in edges]
+        chains = [max(gaps)] if placement == "shared" else gaps
+        top = levels.of(edges[0])
+        for length in chains:
+            if not length:
+                continue
+            total += length
+            for level in range(top - length, top):
+                by_level[level] = by_level.get(level, 0) + 1
+            factor, number = _bytes(flow.tensors[tensor])
+            if factor:
+                sizes[factor] = sizes.get(factor, 0) + number * length
+            else:
+                known += number * length
+    terms = [f"{n:,}*{factor}" for factor, n in sorted(sizes.items())]
+    if known or not terms:
+        terms.insert(0, f"{known:,}")
+    return Cost(total, dict(sorted(by_level.items())), known, " + ".join(terms))
+
+
+def _bytes(tensor: gs.Tensor) -> tuple[str, int]:
+    """Bytes of a tensor: the product of its symbolic dimensions ('' if none), and the number beside it."""
+    dtype = onnx_io.np_dtype(tensor.dtype)
+    size = dtype.itemsize if dtype is not None else 4
+    if tensor.shape is None:
+        return f"size({tensor.name})", size
+    symbols = [str(n) if n is not None else "?" for n in tensor.shape if not isinstance(n, (int, np.integer))]
+    number = int(np.prod([n for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.int64))
+    return "*".join(sorted(symbols)), number * size

@@ -1,0 +1,495 @@
+"""From a model as an exporter wrote it to the graph that levels are found in.
+
+The order is that of :func:`prepare`: functions inlined, opset settled, dimensions fixed, shapes inferred, constants
+lifted, ties made, Identity nodes removed; then the trained outputs are chosen and given a terminal vertex where they
+need one.  The caller's ModelProto is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx.defs
+import onnx.helper
+import onnx.inliner
+import onnx.shape_inference
+import onnx.version_converter
+import onnx_graphsurgeon as gs
+from zilc.passes.identities import flow_of
+
+from zilc import onnx_io
+from zilc.errors import ModelError, OptionError
+from zilc.graph import INSERTED, Rebuild
+from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
+
+#: Initializers above this many elements do not travel through onnx's version converter.
+_SMALL = 256
+
+
+@dataclass
+class Prepared:
+    """A graph ready for levels, and what was learned on the way.
+
+    Attributes:
+        graph: constants lifted, the file's Identity nodes removed.
+        source: the model as it came.
+        ties: names made one leaf: {B: (A, transposed)}.
+        notes: facts for the user, one line each.
+    """
+
+    graph: gs.Graph
+    source: Source
+    ties: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(
+    source: Source,
+    *,
+    opset: int | None = None,
+    dims: Mapping[str, int] | None = None,
+    ties: Sequence[tuple[str, str]] = (),
+) -> Prepared:
+    """Run the steps in order.
+
+    Raises:
+        ModelError: shapes contradict each other, or the opset cannot be settled.
+        OptionError: a dimension or a tie does not fit.
+    """
+    proto = inline_functions(source)
+    proto = settle_opset(proto, opset, source.name)
+    proto = fix_dims(proto, dims or {}, source.name)
+    proto = infer_shapes(proto, source.name)
+    graph = onnx_io.to_graph(proto, source.base_dir)
+    graph.opset = _opset(proto)
+    graph = lift_constants(graph)
+    graph = remove_identities(graph)
+    prepared = Prepared(graph, source)
+    if ties:
+        prepared.graph = tie_leaves(graph, ties, prepared.ties)
+    return prepared
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return int(entry.version)
+    return MIN_OPSET
+
+
+def inline_functions(source: Source) -> onnx.ModelProto:
+    """Local functions become the nodes of their bodies."""
+    proto = source.proto
+    if not proto.functions:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except RuntimeError as error:
+        raise ModelError(f"a local function cannot be inlined ({error})", where=source.name) from error
+
+
+# --- opset ----------------------------------------------------------------------------------------------------
+
+
+def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx.ModelProto:
+    """The model in opset ``wanted``, by default its own within [18, 26].
+
+    An operator that did not change between the two versions is kept as it is; onnx's version converter rewrites
+    the others.
+    """
+    current = _opset(proto)
+    newest = onnx.defs.onnx_opset_version()
+    if wanted is not None and not MIN_OPSET <= wanted <= newest:
+        raise OptionError(
+            f"opset {wanted} is out of range", where="--opset", hint=f"Choose one from {MIN_OPSET} to {newest}."
+        )
+    target = wanted or min(max(current, MIN_OPSET), MAX_OPSET)
+    if current > newest:
+        raise ModelError(
+            f"opset {current} is newer than the installed onnx package knows ({newest})",
+            where=where,
+            hint="Upgrade onnx, or export with a lower opset.",
+        )
+    if current == target:
+        return proto
+    changed = _changed_operators(proto.graph.node, current, target)
+    if not changed:
+        return _relabel(proto, target)
+    try:
+        return _convert(proto, target)
+    except Exception as error:
+        raise ModelError(
+            f"opset {current} cannot be converted to {target}: {_first_line(error)} "
+            f"(operators that changed: {', '.join(sorted(changed))})",
+            where=where,
+            hint=f"Export the model with opset {MIN_OPSET} to {MAX_OPSET}.",
+        ) from error
+
+
+def _changed_operators(nodes: Sequence[onnx.NodeProto], current: int, target: int) -> set[str]:
+    changed: set[str] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                stack.extend(attribute.g.node)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        try:
+            old = onnx.defs.get_schema(node.op_type, current, "").since_version
+            new = onnx.defs.get_schema(node.op_type, target, "").since_version
+        except onnx.defs.SchemaError:
+            changed.add(node.op_type)
+            continue
+        if old != new:
+            changed.add(node.op_type)
+    return changed
+
+
+def _relabel(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    found = False
+    for entry in made.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version, found = target, True
+    if not found:
+        made.opset_import.append(onnx.helper.make_opsetid("", target))
+    made.ir_version = max(made.ir_version, 8)
+    return made
+
+
+def _convert(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    """onnx's converter on a skeleton: large and external initializers stand by as inputs, and come back untouched."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(proto)
+    inputs = {i.name for i in proto.graph.input}
+    aside = []
+    kept = []
+    for tensor in proto.graph.initializer:
+        large = np.prod(tensor.dims, dtype=np.int64) > _SMALL or tensor.data_location == onnx.TensorProto.EXTERNAL
+        (aside if large else kept).append(tensor)
+    del skeleton.graph.initializer[:]
+    # Old IR versions want initializers among the inputs, and the converter keeps what it finds there.
+    skeleton.graph.initializer.extend(kept)
+    for tensor in aside:
+        if tensor.name not in inputs:
+            skeleton.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    skeleton.ir_version = max(skeleton.ir_version, 8)
+    converted = onnx.version_converter.convert_version(skeleton, target)
+    held = {t.name for t in aside} | {t.name for t in kept}
+    real = [i for i in converted.graph.input if i.name not in held]
+    del converted.graph.input[:]
+    converted.graph.input.extend(real)
+    converted.graph.initializer.extend(aside)
+    converted.ir_version = max(proto.ir_version, 8)
+    for attribute in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(converted, attribute, getattr(proto, attribute))
+    if not converted.metadata_props:
+        converted.metadata_props.extend(proto.metadata_props)
+    return converted
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- dimensions and shapes ------------------------------------------------------------------------------------
+
+
+def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onnx.ModelProto:
+    """Symbolic dimensions replaced by numbers."""
+    if not dims:
+        return proto
+    known = {
+        d.dim_param for i in proto.graph.input for d in i.type.tensor_type.shape.dim if d.HasField("dim_param")
+    }
+    for name, size in dims.items():
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise OptionError(
+                f"no symbolic dimension '{name}' among the inputs",
+                where="--dim",
+                hint=f"The model's symbolic dimensions: {listed}.",
+            )
+        if size < 0:
+            raise OptionError(f"dimension '{name}' cannot be {size}", where="--dim")
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    for info in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param") and dim.dim_param in dims:
+                dim.dim_value = dims[dim.dim_param]
+    del made.graph.value_info[:]
+    return made
+
+
+def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew."""
+    try:
+        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        bare = onnx.ModelProto()
+        bare.CopyFrom(proto)
+        del bare.graph.value_info[:]
+    try:
+        return onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=False, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"shapes or types contradict each other: {_first_line(error)}",
+            where=where,
+            hint="Export the model again.",
+        ) from error
+
+
+# --- constants, ties, identities ------------------------------------------------------------------------------
+
+
+def lift_constants(graph: gs.Graph) -> gs.Graph:
+    """Constant nodes, and ConstantOfShape of a known shape, become initializers of the same name.
+
+    Before:  shape -> ConstantOfShape -> w -> Conv
+    After:   w -> Conv
+    """
+    rebuild = Rebuild(graph)
+    produced_outputs = {t.name for t in graph.outputs}
+    for node in graph.nodes:
+        held = _constant_values(node)
+        name = node.outputs[0].name if node.outputs else ""
+        if held is None or not name:
+            rebuild.add(node)
+            continue
+        if name in produced_outputs:
+            # A graph output must be made by a node in most runtimes; it stays one.
+            rebuild.add(node)
+            continue
+        rebuild.tensors[name] = gs.Constant(name, held)
+    return rebuild.finish()
+
+
+def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
+    if node.domain not in (None, "", "ai.onnx"):
+        return None
+    if node.op == "Constant":
+        attrs = node.attrs
+        if "value" in attrs:
+            return attrs["value"]._values
+        for key, dtype in (
+            ("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64),
+        ):  # fmt: skip
+            if key in attrs:
+                return np.asarray(attrs[key], dtype)
+        return None
+    if node.op == "ConstantOfShape" and isinstance(node.inputs[0], gs.Constant):
+        shape = onnx_io.values(node.inputs[0])
+        value = node.attrs.get("value")
+        fill = onnx_io.values(value).reshape(-1)[0] if value is not None else np.float32(0)
+        return FilledValues([int(n) for n in shape], fill)
+    return None
+
+
+def remove_identities(graph: gs.Graph) -> gs.Graph:
+    """Identity nodes are taken out; names of graph inputs, outputs and initializers stay.
+
+    Before:  a -> Identity -> b -> Relu
+    After:   a -> Relu
+    """
+    inputs = {t.name for t in graph.inputs}
+    outputs = {t.name for t in graph.outputs}
+    target: dict[str, str] = {}  # a tensor that vanishes -> the tensor in its place
+    renamed: dict[str, str] = {}  # a node's output -> the graph output it now is
+
+    def resolve(name: str) -> str:
+        while name in target:
+            name = target[name]
+        return name
+
+    dropped: set[int] = set()
+    for node in graph.nodes:
+        if node.op != "Identity" or node.domain not in (None, "", "ai.onnx"):
+            continue
+        if getattr(node.inputs[0], "type", "tensor_type") != "tensor_type":
+            continue
+        source, made = resolve(node.inputs[0].name), node.outputs[0].name
+        if made not in outputs:
+            target[made] = source
+            dropped.add(id(node))
+        elif (
+            source not in inputs and source not in outputs and source not in renamed
+            and not isinstance(node.inputs[0], gs.Constant) and _made_outside_constants(graph, source)
+        ):  # fmt: skip
+            # The producer makes the graph output itself.
+            renamed[source] = made
+            target[made] = source
+            dropped.add(id(node))
+    if not dropped:
+        return graph
+    everything = onnx_io.tensors(graph)
+    rebuild = Rebuild(graph)
+    for old, new in renamed.items():
+        rebuild.tensors[old] = gs.Variable(new, everything[old].dtype, everything[old].shape)
+        rebuild.tensors[new] = rebuild.tensors[old]
+
+    def stand_in(tensor: gs.Tensor) -> gs.Tensor:
+        name = resolve(tensor.name)
+        return rebuild.tensor(everything[name]) if name in everything else rebuild.tensor(tensor)
+
+    for node in graph.nodes:
+        if id(node) in dropped:
+            continue
+        made_node = rebuild.add(node, [stand_in(t) for t in node.inputs])
+        for key, inner in list(made_node.attrs.items()):
+            if isinstance(inner, gs.Graph):
+                made_node.attrs[key] = inner.copy({name: stand_in(everything[name]) for name in target if name in everything})
+    return rebuild.finish()
+
+
+def _made_outside_constants(graph: gs.Graph, name: str) -> bool:
+    return any(t.name == name for node in graph.nodes for t in node.outputs)
+
+
+def tie_leaves(graph: gs.Graph, ties: Sequence[tuple[str, str]], made: dict[str, tuple[str, bool]]) -> gs.Graph:
+    """B is read as A, or as the transpose of A (two-dimensional, as a decoder's head ties to its embedding)."""
+    constants = {t.name: t for t in onnx_io.tensors(graph).values() if isinstance(t, gs.Constant)}
+    for a, b in ties:
+        for name in (a, b):
+            if name not in constants:
+                raise OptionError(f"no parameter '{name}'", where="--tie", hint="'zilc levelize' lists the parameters.")
+        if a == b or b in made or a in made:
+            raise OptionError(f"'{a}={b}' repeats or chains a tie", where="--tie", hint="Tie each to one common A.")
+        x, y = onnx_io.values(constants[a]), onnx_io.values(constants[b])
+        if x.shape == y.shape and np.array_equal(x, y):
+            made[b] = (a, False)
+        elif x.ndim == 2 and x.T.shape == y.shape and np.array_equal(x.T, y):
+            made[b] = (a, True)
+        else:
+            raise OptionError(
+                f"'{a}' {list(x.shape)} and '{b}' {list(y.shape)} hold different values",
+                where="--tie",
+                hint="Only equal tensors, or a matrix and its transpose, can become one leaf.",
+            )
+    rebuild = Rebuild(graph)
+    for b, (a, transposed) in made.items():
+        source = rebuild.tensor(constants[a])
+        if transposed:
+            out = gs.Variable(f"{b}.tied", constants[b].dtype, list(constants[b].shape))
+            node = gs.Node("Transpose", name=f"{b}.tied", attrs={"perm": [1, 0]}, inputs=[source], outputs=[out])
+            node.metadata, node.doc_string = {}, ""
+            rebuild.nodes.append(node)
+            rebuild.tensors[b] = out
+        else:
+            rebuild.tensors[b] = source
+    for node in graph.nodes:
+        rebuild.add(node)
+    return rebuild.finish()
+
+
+# --- trained outputs ------------------------------------------------------------------------------------------
+
+
+def choose_outputs(graph: gs.Graph, wanted: Sequence[str] | None, where: str) -> list[str]:
+    """The trained outputs: those asked for, or the only floating output.
+
+    Raises:
+        OptionError: a name is not a floating tensor, or several outputs leave the choice open.
+        ModelError: the model has no floating output.
+    """
+    everything = onnx_io.tensors(graph)
+    floating = [t.name for t in graph.outputs if onnx_io.is_float(t)]
+    if wanted:
+        for name in wanted:
+            if name not in everything:
+                raise OptionError(
+                    f"no tensor '{name}' in the model",
+                    where="--output",
+                    hint=f"Its outputs: {', '.join(t.name for t in graph.outputs)}.",
+                )
+            if not onnx_io.is_float(everything[name]):
+                raise OptionError(
+                    f"'{name}' holds {_kind(everything[name])}, expected floating-point numbers", where="--output"
+                )
+        return list(dict.fromkeys(wanted))
+    if len(floating) == 1:
+        return floating
+    if not floating:
+        kinds = ", ".join(f"{t.name} ({_kind(t)})" for t in graph.outputs)
+        raise ModelError(
+            "no floating-point output to train", where=where, hint=f"Its outputs: {kinds}. --output may name an inner tensor."
+        )
+    raise OptionError(
+        f"the model has {len(floating)} floating-point outputs: {', '.join(floating)}",
+        where="--output",
+        hint="Choose one or more with --output NAME.",
+    )
+
+
+def _kind(tensor: gs.Tensor) -> str:
+    dtype = onnx_io.np_dtype(tensor.dtype)
+    return dtype.name if dtype is not None else "an unknown type"
+
+
+def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph, list[str]]:
+    """A terminal identity vertex for each trained output that is a leaf or that other active vertices consume.
+
+    Returns the new graph and the names of the clamped tensors, one an output.
+
+    Before:  a -> Relu -> h -> Gemm -> y,   h and y trained
+    After:   a -> Relu -> h.value -> Gemm -> y,  h.value -> Identity -> h
+
+    A leaf keeps its name (it is part of the interface), and the identity's output is called NAME.clamped.
+    """
+    flow = flow_of(graph, outputs)
+    made = {t.name for node in graph.nodes for t in node.outputs if t.name}
+    busy = {e.source for e in flow.edges if e.source is not None}
+    needy = [
+        name
+        for name in outputs
+        if name not in made or name not in flow.producer or flow.producer[name] in busy
+    ]
+    if not needy:
+        return graph, list(outputs)
+    names = set(onnx_io.tensors(graph))
+    everything = onnx_io.tensors(graph)
+    rebuild = Rebuild(graph)
+    clamped = dict.fromkeys(outputs, "")
+    late: list[gs.Node] = []
+    for name in outputs:
+        tensor = everything[name]
+        if name not in needy:
+            clamped[name] = name
+            continue
+        if name in made:
+            source = gs.Variable(_fresh(f"{name}.value", names), tensor.dtype, tensor.shape)
+            out = gs.Variable(name, tensor.dtype, tensor.shape)
+            rebuild.tensors[name] = source
+        else:
+            source = rebuild.tensor(tensor)
+            out = gs.Variable(_fresh(f"{name}.clamped", names), tensor.dtype, list(tensor.shape or []))
+        node = gs.Node("Identity", name=_fresh(f"{name}.terminal", names), inputs=[source], outputs=[out])
+        node.metadata, node.doc_string = {}, ""
+        setattr(node, INSERTED, True)
+        late.append(node)
+        clamped[name] = out.name
+    for node in graph.nodes:
+        rebuild.add(node)
+    terminals = {n.outputs[0].name: n.outputs[0] for n in late}
+    rebuild.nodes.extend(late)
+    result = rebuild.finish()
+    result.outputs = [terminals.get(t.name, rebuild.tensor(t)) for t in graph.outputs]
+    return result, [clamped[name] for name in outputs]
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate

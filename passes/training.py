@@ -1,0 +1,317 @@
+"""The training graph: losses, errors, gradients and updates as nodes around a forward graph.
+
+Schedules decide what is computed when; this module knows how the graph's interface is laid out: inputs (the model's,
+targets, parameters, slots, lr, step) and outputs (loss, the model's, next values, gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+from zilc.emit import Emitter
+from zilc.errors import MissingRule, describe_vertex
+from zilc.graph import Dataflow
+from zilc.losses import LOSSES
+from zilc.optimizers import Optimizer
+from zilc.passes.dynamics import Error, Pull, Sum, Term
+from zilc.passes.levels import Levels
+from zilc.passes.wavefront import Schedule
+from zilc.vjp import table
+
+Outputs = Literal["next", "grad", "both"]
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """One trained output: what it is called, the tensor of level 0 that is clamped, and the loss."""
+
+    output: str
+    tensor: str
+    loss: str
+    class_axis: int = -1
+
+
+@dataclass
+class LeafNames:
+    """Names in the training graph that belong to one trained leaf."""
+
+    name: str
+    level: int
+    grad: str | None = None
+    next: str | None = None
+    state: list[dict[str, str]] = field(default_factory=list)
+
+
+class TrainingGraph:
+    """A graph under construction.
+
+    Args:
+        graph: the forward graph; it is rewritten.
+        parameters: trained initializers; they become inputs.
+        inputs: model inputs whose gradient is wanted.
+        clamps: the trained outputs.
+        outputs: next values, gradients, or both.
+        optimizer: None where only gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        *,
+        parameters: Sequence[str],
+        inputs: Sequence[str],
+        clamps: Sequence[Clamp],
+        outputs: Outputs = "next",
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        self.graph = graph
+        self.op = Emitter(graph)
+        self.outputs = outputs
+        self.optimizer = optimizer if outputs != "grad" and parameters else None
+        self.clamped: dict[str, gs.Tensor] = {}
+        self.leaves: dict[str, LeafNames] = {}
+        self.targets: list[dict[str, str]] = []
+        self._model_inputs = [t.name for t in graph.inputs]
+        self._wanted_inputs = list(inputs)
+        self._tensors = onnx_io.tensors(graph)
+        self._finals: list[tuple[str, gs.Tensor]] = []
+        self._slots: dict[str, dict[str, gs.Variable]] = {}
+        self._losses: list[gs.Tensor] = []
+        self._release: list[gs.Variable] = []
+        self._open_parameters(parameters)
+        self._open_clamps(clamps)
+        self._open_optimizer(parameters)
+        # Outputs are named last but claimed first, so that an emitted tensor cannot take their names.
+        self.loss = self.claim("loss")
+        for name in parameters:
+            self._open_leaf(name, wanted_input=False)
+        for name in inputs:
+            self._open_leaf(name, wanted_input=True)
+
+    # -- the interface --
+
+    def claim(self, name: str) -> str:
+        """``name``, or ``zilc.name`` if it is taken."""
+        return self.op.fresh(name if name not in self.op.names else f"zilc.{name}")
+
+    def _open_parameters(self, parameters: Sequence[str]) -> None:
+        self._parameters: list[gs.Variable] = []
+        for name in parameters:
+            tensor = self._tensors[name]
+            dtype, shape = onnx_io.np_dtype(tensor.dtype), [int(n) for n in tensor.shape]
+            tensor.to_variable(dtype=dtype, shape=shape)
+            tensor.type = "tensor_type"  # GraphSurgeon forgets it
+            self._parameters.append(tensor)
+
+    def _open_clamps(self, clamps: Sequence[Clamp]) -> None:
+        """Targets and losses: eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
+        op = self.op
+        many = len(clamps) > 1
+        for clamp in clamps:
+            mu = self._tensors[clamp.tensor]
+            loss = LOSSES[clamp.loss]
+            expected = loss.target(op, mu, clamp.class_axis)
+            y = None
+            if expected is not None:
+                name = self.claim(f"target.{clamp.output}" if many else "target")
+                y = gs.Variable(name, dtype=expected.dtype, shape=expected.shape)
+                self.graph.inputs.append(y)
+                self.targets.append({"name": name, "output": clamp.output, "loss": clamp.loss})
+            else:
+                self.targets.append({"name": "", "output": clamp.output, "loss": clamp.loss})
+            with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
+                value, eps = loss.emit(op, mu, y, clamp.class_axis)
+            self._losses.append(value)
+            self.clamped[clamp.tensor] = eps
+
+    def _open_optimizer(self, parameters: Sequence[str]) -> None:
+        self.lr: gs.Variable | None = None
+        self.step: gs.Variable | None = None
+        self.step_next: str | None = None
+        self.graph.inputs.extend(self._parameters)
+        if self.optimizer is None:
+            return
+        for parameter in self._parameters:
+            slots = {}
+            for slot in self.optimizer.slots:
+                name = self.claim(f"{parameter.name}.{slot}")
+                slots[slot] = gs.Variable(name, dtype=parameter.dtype, shape=parameter.shape)
+            self.graph.inputs.extend(slots.values())
+            self._slots[parameter.name] = slots
+        double = all(onnx_io.np_dtype(p.dtype) == np.float64 for p in self._parameters)
+        self.lr = gs.Variable(self.claim("lr"), dtype=np.dtype(np.float64 if double else np.float32), shape=[])
+        self.graph.inputs.append(self.lr)
+        if self.optimizer.counts:
+            self.step = gs.Variable(self.claim("step"), dtype=np.dtype(np.int64), shape=[])
+            self.graph.inputs.append(self.step)
+            self.step_next = self.claim(f"{self.step.name}.next")
+
+    def _open_leaf(self, name: str, *, wanted_input: bool) -> None:
+        names = LeafNames(name, 0)
+        if wanted_input or self.outputs != "next":
+            names.grad = self.claim(f"{name}.grad")
+        if not wanted_input and self.optimizer is not None:
+            names.next = self.claim(f"{name}.next")
+            for slot, tensor in self._slots[name].items():
+                names.state.append({"name": tensor.name, "next": self.claim(f"{tensor.name}.next"), "slot": slot})
+        self.leaves[name] = names
+
+    # -- what a schedule reports --
+
+    def gradient(self, leaf: str, gradient: gs.Tensor | None, level: int) -> None:
+        """A leaf's gradient is there: name it, and update the leaf at once, so that its memory is freed."""
+        op, names = self.op, self.leaves[leaf]
+        names.level = level
+        tensor = self._tensors[leaf]
+        if gradient is None:
+            with op.place(f"{leaf}.gradient", vertex=leaf, level=level, role="update", step=max(level - 1, 0)):
+                gradient = op.zeros_like(tensor)
+        if names.grad is not None:
+            self._finals.append((names.grad, gradient))
+        if names.next is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr is not None
+        with op.place(f"{leaf}.optimizer", vertex=leaf, level=level, role="optimizer", step=max(level - 1, 0)):
+            following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), self.lr, self.step)
+        self._finals.append((names.next, following))
+        for entry in names.state:
+            self._finals.append((entry["next"], slots[entry["slot"]]))
+
+    def finish(self) -> gs.Graph:
+        """Lay out the outputs: loss, the model's, next values and gradients."""
+        op = self.op
+        with op.place("loss", vertex="loss", level=0, role="loss", step=0):
+            total = self._losses[0]
+            for other in self._losses[1:]:
+                total = op.Add(total, op.cast(other, op.dtype(total)))
+        finals = [(self.loss, total)]
+        if self.step is not None and self.step_next is not None:
+            with op.place("step", vertex="step", level=0, role="optimizer"):
+                finals_step = op.Add(self.step, op.constant(np.asarray(1, np.int64)))
+        outputs = list(self.graph.outputs)
+        extra = [self._tensors[t] for t in self.clamped if t not in {o.name for o in outputs}]
+        # A terminal identity on a leaf is not an output anyone asked for.
+        outputs += [t for t in extra if t.name in {entry["output"] for entry in self.targets}]
+        named = [self._final(name, tensor) for name, tensor in finals]
+        rest = [self._final(name, tensor) for name, tensor in self._finals]
+        if self.step is not None and self.step_next is not None:
+            rest.append(self._final(self.step_next, finals_step))
+        self.graph.outputs = named + outputs + rest
+        return self.graph
+
+    def _final(self, name: str, tensor: gs.Tensor) -> gs.Variable:
+        """Give a result the name of an output; a copy where it already is something else with a name of its own."""
+        op = self.op
+        own = (
+            isinstance(tensor, gs.Variable)
+            and bool(tensor.inputs)
+            and tensor.name not in self._tensors
+            and not getattr(tensor, "zilc_final", False)
+        )
+        if own:
+            tensor.name = name
+        else:
+            source = tensor
+            tensor = gs.Variable(name, dtype=source.dtype, shape=source.shape)
+            node = gs.Node("Identity", name=f"{name}/Identity", inputs=[source], outputs=[tensor])
+            node.metadata = {"zilc.vertex": name, "zilc.role": "update"}
+            self.graph.nodes.append(node)
+        tensor.zilc_final = True
+        if tensor.shape is None:
+            op.dims(tensor)
+        return tensor
+
+    @property
+    def model_inputs(self) -> list[str]:
+        return self._model_inputs
+
+
+def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
+    """Vertex, level and role in the metadata of every forward node (in place)."""
+    from zilc.graph import INSERTED
+
+    where = {id(node): v for v, node in enumerate(flow.vertices)}
+    for node in graph.nodes:
+        v = where.get(id(node))
+        role = "identity" if getattr(node, INSERTED, False) else "forward"
+        name = flow.names[v] if v is not None else (node.name or next((t.name for t in node.outputs if t.name), ""))
+        node.metadata = {k: x for k, x in getattr(node, "metadata", {}).items() if not k.startswith("zilc.")}
+        node.metadata["zilc.vertex"] = name
+        node.metadata["zilc.role"] = role
+        if v is not None:
+            node.metadata["zilc.level"] = str(levels.vertices[v])
+
+
+def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: str) -> None:
+    """Every vertex on a path from a trained leaf has a rule.
+
+    Raises:
+        MissingRule: all vertices that have none, at once.
+    """
+    live = flow.upstream_of(leaves)
+    missing = []
+    for v in sorted(live):
+        node = flow.vertices[v]
+        rule = table.lookup(node, flow.graph.opset)
+        captured = any(e.operand >= len(node.inputs) for e in flow.operands[v])
+        if rule is None or captured:
+            missing.append(
+                describe_vertex(flow.names[v], node.op, opset=flow.graph.opset, level=levels.vertices[v])
+            )
+    if missing:
+        raise MissingRule(missing, where=where)
+
+
+def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> None:
+    """Optional outputs that rules read (MaxPool's indices, a normalization's statistics) are made by the vertices."""
+    for v in sorted(flow.upstream_of(leaves)):
+        node = flow.vertices[v]
+        rule = table.lookup(node, flow.graph.opset)
+        if rule is not None and rule.extra_outputs:
+            table.ensure_outputs(op, node, rule)
+
+
+def emit_schedule(training: TrainingGraph, schedule: Schedule, levels: Levels) -> None:
+    """Carry out a schedule: each term becomes nodes, in the order of the steps."""
+    op, flow = training.op, schedule.flow
+    errors: dict[tuple[str, int], gs.Tensor | None] = {}
+
+    def error(tensor: str, t: int) -> gs.Tensor | None:
+        if tensor in training.clamped:
+            return training.clamped[tensor]
+        return errors.get((tensor, t))
+
+    def value(term: Term) -> gs.Tensor | None:
+        match term:
+            case Error(tensor, t):
+                return error(tensor, t)
+            case Pull(edge, t):
+                node = flow.vertices[edge.consumer]
+                arriving = [error(out.name, t) for out in node.outputs]
+                if all(g is None for g in arriving):
+                    return None
+                return table.vjp(op, node, edge.operand, arriving)
+            case Sum(terms):
+                total: gs.Tensor | None = None
+                for part in map(value, terms):
+                    if part is not None:
+                        total = part if total is None else op.Add(total, part)
+                return total
+        raise TypeError(f"a wavefront schedule has no {type(term).__name__} left")
+
+    for step in schedule.steps:
+        for leaf, term in step.gradients:
+            with op.place(f"{leaf}.gradient.t{step.t}", vertex=leaf, level=step.t + 1, role="update", step=step.t):
+                gradient = value(term)
+            training.gradient(leaf, gradient, step.t + 1)
+        for tensor, term in step.errors:
+            vertex = flow.names[flow.producer[tensor]]
+            with op.place(f"{tensor}.error.t{step.t + 1}", vertex=vertex, level=step.t + 1, role="error", step=step.t):
+                errors[tensor, step.t + 1] = value(term)

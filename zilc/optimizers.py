@@ -1,0 +1,170 @@
+"""The update of one leaf as nodes: torch.optim's SGD, Adam and AdamW, with its names and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from zilc.emit import Emitter
+from zilc.errors import OptionError
+
+Slots = dict[str, gs.Tensor]
+Update = Callable[["Optimizer", Emitter, gs.Tensor, gs.Tensor, Slots, gs.Tensor, gs.Tensor | None], tuple[gs.Tensor, Slots]]
+Option = float | bool | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer with its options settled.
+
+    Attributes:
+        slots: tensors of the parameter's shape that are carried from update to update.
+        counts: it reads ``step``, the number of updates done so far.
+    """
+
+    name: str
+    options: Mapping[str, Option]
+    slots: tuple[str, ...]
+    counts: bool
+    _update: Update = field(repr=False)
+
+    def update(
+        self, op: Emitter, p: gs.Tensor, g: gs.Tensor, slots: Slots, lr: gs.Tensor, step: gs.Tensor | None
+    ) -> tuple[gs.Tensor, Slots]:
+        """The parameter's next value, and each slot's.
+
+        Args:
+            p, g: parameter and gradient, of one shape and dtype.
+            slots: this parameter's slots by name.
+            lr: learning rate, shape [].
+            step: int64, shape []; None unless ``counts``.
+        """
+        return self._update(self, op, p, g, slots, lr, step)
+
+
+def _sgd(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step: Any) -> tuple[gs.Tensor, Slots]:
+    """g += wd p;  b = m b + (1 - d) g (b = g at the first update);  p -= lr (nesterov ? g + m b : b)."""
+    if o.options["maximize"]:
+        g = op.Neg(g)
+    if o.options["weight_decay"]:
+        g = op.Add(g, op.Mul(p, float(o.options["weight_decay"])))  # type: ignore[arg-type]
+    following: Slots = {}
+    momentum = float(o.options.get("momentum", 0.0))  # type: ignore[arg-type]
+    if "momentum_buffer" in slots:
+        dampening = float(o.options["dampening"])  # type: ignore[arg-type]
+        decayed = op.Mul(slots["momentum_buffer"], momentum)
+        buffer = op.Add(decayed, op.Mul(g, 1.0 - dampening) if dampening else g)
+        if dampening:
+            # PyTorch's buffer starts as the first gradient, undamped; only with dampening does that differ from zero.
+            buffer = op.Where(op.Equal(step, op.constant(np.asarray(0, np.int64))), g, buffer)
+        following["momentum_buffer"] = buffer
+        g = op.Add(g, op.Mul(buffer, momentum)) if o.options["nesterov"] else buffer
+    return op.Sub(p, op.Mul(g, op.cast(lr, op.dtype(p)))), following
+
+
+def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step: Any) -> tuple[gs.Tensor, Slots]:
+    """m, v: decaying means of g, g^2;  p -= lr / (1 - b1^t)  m / (sqrt(v / (1 - b2^t)) + eps);  t = step + 1.
+
+    The corrections are computed in float64, as PyTorch does: 1 - 0.999^t in float32 loses four digits at t = 1.
+    """
+    beta1, beta2 = o.options["betas"]  # type: ignore[misc]
+    decay = float(o.options["weight_decay"])  # type: ignore[arg-type]
+    dtype = op.dtype(p)
+    if o.options["maximize"]:
+        g = op.Neg(g)
+    lr64 = op.cast(lr, np.float64)
+    if decay and o.name == "adamw":
+        p = op.Mul(p, op.cast(op.Sub(1.0, op.Mul(lr64, decay)), dtype))
+    elif decay:
+        g = op.Add(g, op.Mul(p, decay))
+    t = op.cast(op.Add(step, op.constant(np.asarray(1, np.int64))), np.float64)
+    correction1 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta1, np.float64)), t))
+    correction2 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta2, np.float64)), t))
+    m = op.Add(slots["exp_avg"], op.Mul(op.Sub(g, slots["exp_avg"]), 1.0 - beta1))
+    v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), op.Mul(op.Mul(g, g), 1.0 - beta2))
+    following = {"exp_avg": m, "exp_avg_sq": v}
+    if "max_exp_avg_sq" in slots:
+        v = op.Max(slots["max_exp_avg_sq"], v)
+        following["max_exp_avg_sq"] = v
+    root = op.Mul(op.Sqrt(v), op.cast(op.Div(op.constant(np.asarray(1.0, np.float64)), op.Sqrt(correction2)), dtype))
+    denominator = op.Add(root, float(o.options["eps"]))  # type: ignore[arg-type]
+    size = op.cast(op.Div(lr64, correction1), dtype)
+    return op.Sub(p, op.Mul(op.Div(m, denominator), size)), following
+
+
+_SGD: dict[str, Option] = {"weight_decay": 0.0, "maximize": False}
+_ADAM: dict[str, Option] = {
+    "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False,
+}  # fmt: skip
+
+#: Options of each optimizer with their defaults.  ``momentum`` is SGD with momentum, whose default, 0 in torch, is
+#: 0.9 here: asking for it by name means wanting some.
+DEFAULTS: dict[str, dict[str, Option]] = {
+    "sgd": dict(_SGD),
+    "momentum": {"momentum": 0.9, "dampening": 0.0, "nesterov": False, **_SGD},
+    "adam": dict(_ADAM),
+    "adamw": {**_ADAM, "weight_decay": 1e-2},
+}
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Optimizer:
+    """An optimizer by name.
+
+    Args:
+        name: sgd, momentum, adam or adamw.
+        options: torch.optim's options; strings are parsed (``"0.9,0.999"``, ``"true"``).
+
+    Raises:
+        OptionError: no such optimizer or option, or a value out of range.
+    """
+    if name not in DEFAULTS:
+        raise OptionError(
+            f"no optimizer '{name}'", where="--optimizer", hint=f"Choose one of {', '.join(DEFAULTS)}."
+        )
+    settled = dict(DEFAULTS[name])
+    for key, value in (options or {}).items():
+        if key not in settled:
+            raise OptionError(
+                f"{name} has no option '{key}'", where="--opt", hint=f"Its options: {', '.join(settled)}."
+            )
+        settled[key] = _parse(key, value, settled[key])
+    _check(name, settled)
+    if name in ("sgd", "momentum"):
+        slots = ("momentum_buffer",) if name == "momentum" else ()
+        return Optimizer(name, settled, slots, bool(settled.get("dampening")), _sgd)
+    slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if settled["amsgrad"] else ("exp_avg", "exp_avg_sq")
+    return Optimizer(name, settled, slots, True, _adam)
+
+
+def _parse(key: str, value: Any, default: Option) -> Option:
+    try:
+        if isinstance(default, bool):
+            if isinstance(value, str):
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            return bool(value)
+        if isinstance(default, tuple):
+            parts = value.split(",") if isinstance(value, str) else list(value)
+            if len(parts) != len(default):
+                raise ValueError
+            return tuple(float(x) for x in parts)
+        return float(value)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        wanted = (
+            "true or false" if isinstance(default, bool)
+            else f"{len(default)} numbers with a comma between" if isinstance(default, tuple) else "a number"
+        )  # fmt: skip
+        raise OptionError(f"{key}={value!r} is not {wanted}", where="--opt") from error
+
+
+def _check(name: str, options: Mapping[str, Any]) -> None:
+    for key in ("weight_decay", "eps", "momentum"):
+        if key in options and not options[key] >= 0:
+            raise OptionError(f"{key}={options[key]} is negative", where="--opt")
+    if "betas" in options and not all(0 <= b < 1 for b in options["betas"]):
+        raise OptionError(f"betas={options['betas']} are not in [0, 1)", where="--opt")
+    if options.get("nesterov") and (not options["momentum"] or options["dampening"]):
+        raise OptionError("nesterov needs a momentum and no dampening", where="--opt")
