@@ -1,0 +1,571 @@
+"""The ordered passes behind each command: ``levelize`` and ``emit_training``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal, cast
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+import zilc.vjp  # noqa: F401  (fills the table)
+from zilc import onnx_io, optimizers
+from zilc import signature as signatures
+from zilc.errors import EnsuresError, ModelError, OptionError
+from zilc.graph import Dataflow
+from zilc.losses import LOSSES
+from zilc.onnx_io import ModelSource, Source
+from zilc.passes import contracts, identities, parameters, prepare
+from zilc.passes.dynamics import Dynamics
+from zilc.passes.identities import Placement, flow_of, insert_identities
+from zilc.passes.levels import Levels, find_levels
+from zilc.passes.parameters import Selection
+from zilc.passes.prepare import Prepared
+from zilc.passes.reverse import reverse_mode
+from zilc.passes.simplify import simplify
+from zilc.passes.training import (
+    Clamp,
+    Outputs,
+    TrainingGraph,
+    annotate_forward,
+    emit_schedule,
+    ensure_rules,
+    make_extra_outputs,
+)
+from zilc.passes.wavefront import wavefront
+
+Algorithm = Literal["zil", "bp"]
+Names = str | Sequence[str] | None
+
+
+def version() -> str:
+    """zilc's version."""
+    try:
+        return metadata.version("zilc")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _names(names: Names) -> list[str]:
+    if names is None:
+        return []
+    return [names] if isinstance(names, str) else list(names)
+
+
+@dataclass
+class Structure:
+    """A prepared model with its trained outputs, levels and parameters.
+
+    Attributes:
+        prepared: the graph (terminals appended) and where it came from.
+        outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
+    """
+
+    prepared: Prepared
+    graph: gs.Graph
+    outputs: list[str]
+    clamped: list[str]
+    flow: Dataflow
+    levels: Levels
+
+    @property
+    def where(self) -> str:
+        return self.prepared.source.name
+
+
+def structure(
+    model: ModelSource | Source,
+    *,
+    output: Names = None,
+    dims: Mapping[str, int] | None = None,
+    tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
+    opset: int | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+) -> Structure:
+    """Load, prepare, choose outputs, find levels."""
+    source = onnx_io.load(model, base_dir=base_dir)
+    ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
+    prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties)
+    outputs = prepare.choose_outputs(prepared.graph, _names(output), source.name)
+    graph, clamped = prepare.append_terminals(prepared.graph, outputs)
+    contracts.require(contracts.acyclic(graph), "acyclic")
+    flow = flow_of(graph, clamped)
+    return Structure(prepared, graph, outputs, clamped, flow, find_levels(flow))
+
+
+# --- levelize -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Levelized:
+    """What :func:`levelize` returns.
+
+    Attributes:
+        model: the levelled model; with ``identities="none"``, the prepared model without them.
+        levels: level of each vertex, leaf levels under their tensors' names.
+        report: the level structure as data (what ``zilc levelize --json`` prints).
+    """
+
+    model: onnx.ModelProto
+    levels: dict[str, int]
+    report: dict[str, Any]
+
+
+def levelize(
+    model: ModelSource | Source,
+    *,
+    identities: Literal["edge", "shared", "none"] = "shared",
+    output: Names = None,
+    wrt: Names = None,
+    freeze: Names = None,
+    tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
+    dims: Mapping[str, int] | None = None,
+    opset: int | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+) -> Levelized:
+    """Find the level structure and insert identity vertices until every edge spans one level.
+
+    Args:
+        model: path, bytes or ModelProto.
+        identities: one chain a tensor (``shared``), one an edge (``edge``), or only report (``none``).
+        output: trained outputs; by default the only floating output.
+        wrt, freeze: which leaves the report calls trained.  Levels do not depend on them.
+        tie: pairs of initializers to be one leaf.
+        dims: sizes for symbolic dimensions.
+        opset: of the result; by default the model's, within [18, 26].
+        base_dir: folder of external data, for bytes and ModelProto.
+
+    Raises:
+        ZilcError: see :mod:`zilc.errors`.
+    """
+    if identities not in ("edge", "shared", "none"):
+        raise OptionError(f"no placement '{identities}'", where="--identities", hint="Choose edge, shared or none.")
+    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    try:
+        chosen: Selection | None = parameters.select(
+            found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where
+        )
+    except ModelError:
+        if wrt or freeze:
+            raise
+        chosen = None  # nothing to train is no obstacle to looking at levels
+    if identities == "none":
+        graph = found.graph
+    else:
+        graph = insert_identities(found.graph, found.flow, found.levels, placement=cast(Placement, identities))
+    flow = flow_of(graph, found.clamped)
+    levels = find_levels(flow)
+    annotate_forward(graph, flow, levels)
+    proto = _finish(graph, found.prepared)
+    by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
+    return Levelized(proto, by_name, level_report(found, chosen, identities))
+
+
+def level_report(found: Structure, chosen: Selection | None, placement: str) -> dict[str, Any]:
+    """The level structure as data."""
+    flow, levels = found.flow, found.levels
+    per_level = [0] * (levels.depth + 1)
+    for level in levels.vertices:
+        per_level[level] += 1
+    costs = {name: identities.cost(flow, levels, cast(Placement, name)) for name in ("edge", "shared")}
+    skips = sorted((e for e in flow.edges if levels.gap(e) > 0), key=lambda e: (-levels.gap(e), e.consumer, e.operand))
+    trained = set(chosen.parameters if chosen else ()) | set(chosen.inputs if chosen else ())
+    reasons = dict(chosen.left_out) if chosen else {}
+    everything = flow.tensors
+    leaves = []
+    for name in flow.leaves:
+        tensor = everything[name]
+        level = levels.leaves[name]
+        leaves.append(
+            {
+                "name": name,
+                "kind": "parameter" if isinstance(tensor, gs.Constant) else "input",
+                "shape": list(tensor.shape) if tensor.shape is not None else None,
+                "level": level,
+                "update_step": level - 1 if name in trained else None,
+                "trained": name in trained,
+                "consumers": len(flow.readers.get(name, [])),
+                "reason": None if name in trained else reasons.get(name, "model input" if not isinstance(tensor, gs.Constant) else ""),
+            }
+        )  # fmt: skip
+    return {
+        "model": found.where,
+        "opset": found.graph.opset,
+        "outputs": found.outputs,
+        "levels": levels.depth,
+        "vertices": len(flow.vertices),
+        "frozen_vertices": len(found.graph.nodes) - len(flow.vertices),
+        "edges": len(flow.edges),
+        "placement": placement,
+        "identities": {
+            name: {"vertices": c.vertices, "bytes": c.bytes if c.formula.replace(",", "").isdigit() else None, "bytes_formula": c.formula}
+            for name, c in costs.items()
+        },
+        "per_level": [
+            {"level": n, "vertices": count, "identities_edge": costs["edge"].by_level.get(n, 0),
+             "identities_shared": costs["shared"].by_level.get(n, 0)}
+            for n, count in enumerate(per_level)
+        ],
+        "skips": [
+            {"tensor": e.tensor, "from": flow.names[e.source] if e.source is not None else e.tensor,
+             "to": flow.names[e.consumer], "operand": e.operand, "from_level": levels.of(e),
+             "to_level": levels.vertices[e.consumer], "identities": levels.gap(e)}
+            for e in skips
+        ],
+        "vertex_levels": {flow.names[v]: n for v, n in enumerate(levels.vertices)},
+        "leaves": leaves,
+        "left_out": [{"name": n, "reason": r} for n, r in (chosen.left_out if chosen else [])],
+        "notes": notes(found, chosen),
+    }  # fmt: skip
+
+
+def notes(found: Structure, chosen: Selection | None) -> list[str]:
+    """What the user should know about the file: ties, merges, operators in inference form."""
+    lines = list(found.prepared.notes)
+    ops = [n.op for n in found.graph.nodes]
+    if "BatchNormalization" in ops:
+        lines.append(
+            f"{ops.count('BatchNormalization')} BatchNormalization vertices use their running statistics, which stay as they are"
+        )
+    elif any(op in ("Conv", "ConvTranspose") for op in ops):
+        lines.append(
+            "no BatchNormalization in the file: exporters fold it into Conv when they export in inference mode"
+        )
+    if "Dropout" in ops:
+        lines.append(f"{ops.count('Dropout')} Dropout vertices pass everything, as in inference")
+    if chosen:
+        merged = [n for n in chosen.parameters if len(found.flow.readers.get(n, ())) > 1]
+        for name in merged[:8]:
+            count = len(found.flow.readers[name])
+            lines.append(
+                f"parameter '{name}' is read {count} times: shared by the model, or equal constants that the exporter merged"
+            )
+        if len(merged) > 8:
+            lines.append(f"and {len(merged) - 8} more parameters that are read several times")
+        lines += _looks_tied(found, chosen)
+    for b, (a, transposed) in found.prepared.ties.items():
+        lines.append(f"'{b}' is tied to '{a}'{' (transposed)' if transposed else ''}")
+    return lines
+
+
+def _looks_tied(found: Structure, chosen: Selection) -> list[str]:
+    """Pairs of trained matrices, equal or transposed in a sample of entries: a tied weight that was written twice."""
+    everything = found.flow.tensors
+    by_shape: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name in chosen.parameters:
+        tensor = everything[name]
+        shape = tuple(int(n) for n in tensor.shape)
+        if len(shape) < 2 or isinstance(tensor._values, onnx_io.FilledValues):
+            continue
+        # A matrix and its transpose land in the same drawer.
+        by_shape.setdefault((str(tensor.dtype), tuple(sorted(shape))), []).append(name)
+    lines = []
+    for drawer in by_shape.values():
+        samples: dict[bytes, str] = {}
+        for name in drawer:
+            array = onnx_io.values(everything[name])
+            for transposed in (False, True) if array.ndim == 2 else (False,):
+                view = array.T if transposed else array
+                rows = np.linspace(0, view.shape[0] - 1, 8).astype(int)
+                key = np.ascontiguousarray(view[rows][..., np.linspace(0, view.shape[-1] - 1, 8).astype(int)]).tobytes()
+                key += str(view.shape).encode()
+                other = samples.get(key)
+                if other is not None and other != name:
+                    how = "the transpose of" if transposed else "equal to"
+                    lines.append(f"'{name}' looks {how} '{other}' (sampled): a tied weight? --tie {other}={name}")
+                    break
+                if not transposed:
+                    samples.setdefault(key, name)
+    return lines
+
+
+# --- emit_training --------------------------------------------------------------------------------------------
+
+
+class State(Mapping[str, np.ndarray]):
+    """Initial parameters, slots and step of a training graph; arrays are read when asked for."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._loaders = dict(loaders)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._loaders[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+
+@dataclass
+class TrainingStep:
+    """What :func:`emit_training` returns.
+
+    Attributes:
+        model: the training graph.
+        signature: its interface, as in the model's metadata.
+        state: initial values of everything that is fed back, by name; read when asked for.
+        report: what is trained, what is left out and why, the level structure.
+        source: the model it was made from.
+    """
+
+    model: onnx.ModelProto
+    signature: dict[str, Any]
+    state: Mapping[str, np.ndarray]
+    report: dict[str, Any]
+    source: Source
+    ties: dict[str, tuple[str, bool]] = field(default_factory=dict)
+
+
+def emit_training(
+    model: ModelSource | Source,
+    *,
+    loss: str | Mapping[str, str] | Sequence[str] = "energy",
+    class_axis: int = -1,
+    optimizer: str = "sgd",
+    options: Mapping[str, Any] | None = None,
+    output: Names = None,
+    wrt: Names = None,
+    freeze: Names = None,
+    tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
+    dims: Mapping[str, int] | None = None,
+    opset: int | None = None,
+    outputs: Outputs = "next",
+    algorithm: Algorithm = "zil",
+    identities: Placement = "shared",
+    base_dir: str | os.PathLike[str] | None = None,
+) -> TrainingStep:
+    """Emit a graph that computes one Z-IL update, in standard ONNX operators.
+
+    The graph's inputs are the model's, ``target`` (``target.NAME`` for several outputs), ``lr``, each trained
+    parameter and optimizer slot, and ``step`` where the optimizer counts; its outputs are ``loss``, the model's,
+    and ``.next`` of everything fed back.  ``outputs="grad"`` gives ``PARAM.grad`` instead of updates, ``"both"``
+    gives both.  Names that are taken get the prefix ``zilc.``: read them from ``signature``.
+
+    Args:
+        model: path, bytes or ModelProto.
+        loss: energy, mse, cross-entropy, bce-with-logits or none; ``{output: loss}`` for several outputs.
+        class_axis: the axis of the classes, for cross-entropy.
+        optimizer: sgd, momentum, adam or adamw; ``options`` are torch.optim's.
+        output: trained outputs (inner tensors too); by default the only floating output.
+        wrt: trained leaves instead of the default set: globs of parameters, exact names of inputs.
+        freeze: parameters to leave out.
+        tie: pairs of initializers to be one leaf.
+        dims: sizes for symbolic dimensions.
+        opset: of the result; by default the model's, within [18, 26].
+        outputs: ``next``, ``grad`` or ``both``.
+        algorithm: ``zil``, or ``bp`` for plain reverse mode.
+        identities: placement of identity vertices, ``shared`` or ``edge``.
+        base_dir: folder of external data, for bytes and ModelProto.
+
+    Raises:
+        ZilcError: see :mod:`zilc.errors`.
+    """
+    _one_of("--outputs", outputs, ("next", "grad", "both"))
+    _one_of("--algorithm", algorithm, ("zil", "bp"))
+    _one_of("--identities", identities, ("edge", "shared"))
+    chosen_optimizer = optimizers.make(optimizer, options)
+    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    losses = settle_losses(found, loss)
+    chosen = parameters.select(found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where)
+    leaves = [*chosen.parameters, *chosen.inputs]
+    ensure_rules(found.flow, found.levels, leaves, found.where)
+
+    state = _state(found, chosen, chosen_optimizer if outputs != "grad" else None)
+    if algorithm == "zil":
+        graph = insert_identities(found.graph, found.flow, found.levels, placement=identities)
+    else:
+        graph = _copy(found.graph)
+    flow = flow_of(graph, found.clamped)
+    levels = find_levels(flow)
+    annotate_forward(graph, flow, levels)
+    training = TrainingGraph(
+        graph,
+        parameters=chosen.parameters,
+        inputs=chosen.inputs,
+        clamps=[
+            Clamp(name, tensor, losses[name], class_axis)
+            for name, tensor in zip(found.outputs, found.clamped, strict=True)
+        ],
+        outputs=outputs,
+        optimizer=chosen_optimizer,
+    )
+    make_extra_outputs(training.op, flow, leaves)
+    _alias_identities(training, graph)
+    if algorithm == "zil":
+        emit_schedule(training, wavefront(Dynamics.of(flow, levels), leaves), levels)
+    else:
+        reverse_mode(training, flow, levels, leaves)
+    graph = simplify(training.finish())
+    made = _signature(training, found, chosen, algorithm, identities)
+    renamed = {training_name: name for name, training_name in _state_names(training, chosen).items()}
+    graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
+    contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
+    proto = _finish(graph, found.prepared)
+    report = level_report(found, chosen, identities if algorithm == "zil" else "none")
+    report["trained"] = [
+        {"name": n, "shape": [int(d) for d in found.flow.tensors[n].shape], "level": found.levels.leaves[n],
+         "update_step": found.levels.leaves[n] - 1}
+        for n in chosen.parameters
+    ]  # fmt: skip
+    report["losses"] = losses
+    report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
+    initial = State({name: state[own] for name, own in renamed.items()})
+    return TrainingStep(proto, made, initial, report, found.prepared.source, dict(found.prepared.ties))
+
+
+def _one_of(where: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise OptionError(f"no choice '{value}'", where=where, hint=f"Choose one of {', '.join(allowed)}.")
+
+
+def _copy(graph: gs.Graph) -> gs.Graph:
+    from zilc.graph import Rebuild
+
+    rebuild = Rebuild(graph)
+    for node in graph.nodes:
+        rebuild.add(node)
+    return rebuild.finish()
+
+
+def _alias_identities(training: TrainingGraph, graph: gs.Graph) -> None:
+    """Work on a delayed tensor is the same work as on the tensor itself."""
+    for node in graph.nodes:
+        if node.op == "Identity" and node.domain in (None, "", "ai.onnx"):
+            training.op.alias(node.outputs[0].name, node.inputs[0].name)
+
+
+def _own_domains(found: Structure) -> frozenset[str]:
+    return frozenset(o.domain for o in found.prepared.source.proto.opset_import)
+
+
+def settle_losses(found: Structure, loss: str | Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """A loss for each trained output, from ``LOSS``, ``NAME=LOSS`` or a mapping.
+
+    Raises:
+        OptionError: no such loss or output, or cross-entropy of a Softmax's output.
+    """
+    entries: list[tuple[str | None, str]] = []
+    if isinstance(loss, Mapping):
+        entries = [(name, kind) for name, kind in loss.items()]
+    else:
+        for item in [loss] if isinstance(loss, str) else loss:
+            name, equals, kind = item.rpartition("=")
+            entries.append((name if equals else None, kind))
+    settled = dict.fromkeys(found.outputs, "energy")
+    for name, kind in sorted(entries, key=lambda entry: entry[0] is not None):
+        if kind not in LOSSES:
+            raise OptionError(f"no loss '{kind}'", where="--loss", hint=f"Choose one of {', '.join(LOSSES)}.")
+        if name is None:
+            settled = dict.fromkeys(found.outputs, kind)
+        elif name not in settled:
+            raise OptionError(
+                f"'{name}' is not a trained output", where="--loss", hint=f"They are: {', '.join(found.outputs)}."
+            )
+        else:
+            settled[name] = kind
+    producers = {t.name: node for node in found.graph.nodes for t in node.outputs if t.name}
+    for name, clamped in zip(found.outputs, found.clamped, strict=True):
+        if settled[name] == "cross-entropy":
+            _refuse_softmax(name, producers.get(clamped), producers)
+    return settled
+
+
+def _refuse_softmax(name: str, node: gs.Node | None, producers: Mapping[str, gs.Node]) -> None:
+    """Cross-entropy takes logits; a Softmax is looked for behind reshapes and terminals too."""
+    while node is not None and node.op in ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast"):
+        node = producers.get(node.inputs[0].name)
+    if node is not None and node.op == "Softmax":
+        raise OptionError(
+            f"cross-entropy wants logits, and output '{name}' is made by a Softmax, vertex '{node.name or name}'",
+            where="--loss",
+            hint=f"Train its input instead: --output {node.inputs[0].name}",
+        )
+
+
+def _state(
+    found: Structure, chosen: Selection, optimizer: optimizers.Optimizer | None
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Loaders by (parameter), (parameter, slot) and step, under the names of the source model."""
+    loaders: dict[str, Callable[[], np.ndarray]] = {}
+    for name in chosen.parameters:
+        tensor = found.flow.tensors[name]
+        held, shape, dtype = tensor._values, tuple(int(n) for n in tensor.shape), onnx_io.np_dtype(tensor.dtype)
+        loaders[name] = _loader(held)
+        for slot in optimizer.slots if optimizer else ():
+            loaders[f"{name}\0{slot}"] = _zeros(shape, dtype)
+    if optimizer and optimizer.counts:
+        loaders["\0step"] = lambda: np.asarray(0, np.int64)
+    return loaders
+
+
+def _loader(held: Any) -> Callable[[], np.ndarray]:
+    return lambda: held.load() if hasattr(held, "load") else held
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
+    return lambda: np.zeros(shape, dtype)
+
+
+def _state_names(training: TrainingGraph, chosen: Selection) -> dict[str, str]:
+    """Key of :func:`_state` -> name in the training graph."""
+    names = {}
+    for name in chosen.parameters:
+        leaf = training.leaves[name]
+        names[name] = name
+        for entry in leaf.state:
+            names[f"{name}\0{entry['slot']}"] = entry["name"]
+    if training.step is not None:
+        names["\0step"] = training.step.name
+    return names
+
+
+def _signature(
+    training: TrainingGraph, found: Structure, chosen: Selection, algorithm: str, placement: str
+) -> dict[str, Any]:
+    predictions = [t.name for t in training.graph.outputs if t.name in found.flow.tensors]
+    step = None
+    if training.step is not None:
+        step = {"name": training.step.name, "next": training.step_next}
+    return {
+        "version": signatures.VERSION,
+        "zilc": version(),
+        "algorithm": algorithm,
+        "schedule": "wavefront" if algorithm == "zil" else "reverse",
+        "identities": placement if algorithm == "zil" else "none",
+        "levels": found.levels.depth,
+        "inputs": training.model_inputs,
+        "targets": [{**entry, "name": entry["name"] or None} for entry in training.targets],
+        "lr": training.lr.name if training.lr is not None else None,
+        "step": step,
+        "seed": None,
+        "loss": training.loss,
+        "predictions": predictions,
+        "parameters": [
+            {"name": n, "level": leaf.level, "grad": leaf.grad, "next": leaf.next, "state": leaf.state}
+            for n in chosen.parameters
+            for leaf in (training.leaves[n],)
+        ],
+        "input_grads": [
+            {"name": n, "level": training.leaves[n].level, "grad": training.leaves[n].grad} for n in chosen.inputs
+        ],
+        "carried": [],
+    }
+
+
+def _finish(graph: gs.Graph, prepared: Prepared) -> onnx.ModelProto:
+    """Write out, infer all shapes, check fully."""
+    source = prepared.source.proto
+    graph.producer_name, graph.producer_version = "zilc", version()
+    newest = min(max(source.ir_version, 10), onnx_io.MAX_IR_VERSION)
+    proto = onnx_io.to_proto(graph, ir_version=newest, infer=True)
+    try:
+        onnx_io.check_full(proto)
+    except Exception as error:
+        raise EnsuresError(f"onnx.checker refuses the emitted graph: {error}") from error
+    return proto
