@@ -1,0 +1,196 @@
+"""Who runs a model on arrays: ONNX Runtime's CPU provider, or ONNX's reference evaluator where that has no kernel.
+
+ONNX Runtime's CPU provider has no float64 Conv, ConvTranspose, AveragePool or Erf (among others); the reference
+evaluator has all of them, some as loops over every output element.  Those are replaced here by the same sums over
+kernel taps in whole-array form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_average_pool import AveragePool_19 as SlowAveragePool
+from onnx.reference.ops.op_conv_transpose import ConvTranspose as SlowConvTranspose
+from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
+
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Executor:
+    """A loaded model.
+
+    Attributes:
+        name: which runtime runs it, for reports.
+        inputs, outputs: names in order.
+    """
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    _run: Any
+
+    def __call__(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        names = list(outputs) if outputs is not None else self.outputs
+        given = {name: np.asarray(feeds[name]) for name in self.inputs}
+        return dict(zip(names, self._run(names, given), strict=True))
+
+
+def executor(model: onnx.ModelProto, *, prefer: str = "onnxruntime") -> Executor:
+    """Load a model in onnxruntime on CPU; in ONNX's reference evaluator if a kernel is missing there.
+
+    Args:
+        prefer: ``onnxruntime`` or ``reference``.
+    """
+    inputs = [i.name for i in model.graph.input]
+    outputs = [o.name for o in model.graph.output]
+    if prefer == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exception types are not exported
+            if not any(word in str(error) for word in ("NOT_IMPLEMENTED", "Could not find an implementation")):
+                raise
+        else:
+            return Executor(f"onnxruntime {onnxruntime.__version__}", inputs, outputs, session.run)
+    evaluator = ReferenceEvaluator(model, new_ops=_FASTER)  # type: ignore[arg-type]
+
+    def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [np.asarray(y) for y in evaluator.run(names, feeds)]  # type: ignore[arg-type]
+
+    return Executor(f"onnx {onnx.__version__} reference evaluator", inputs, outputs, run)
+
+
+class ConvTranspose(SlowConvTranspose):
+    """ConvTranspose with explicit padding as one product and a scatter of kernel taps."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, output_padding=None,
+        output_shape=None, pads=None, strides=None,
+    ):  # fmt: skip
+        spatial = X.ndim - 2
+        if auto_pad not in (None, "NOTSET", b"NOTSET") or output_shape is not None:
+            return SlowConvTranspose._run(
+                self, X, W, B, auto_pad=auto_pad, dilations=dilations, group=group, kernel_shape=kernel_shape,
+                output_padding=output_padding, output_shape=output_shape, pads=pads, strides=strides,
+            )  # fmt: skip
+        strides = strides or [1] * spatial
+        dilations = dilations or [1] * spatial
+        pads = pads or [0] * (2 * spatial)
+        output_padding = output_padding or [0] * spatial
+        group = group or 1
+        kernel, size = W.shape[2:], X.shape[2:]
+        full = [
+            s * (n - 1) + d * (k - 1) + 1 + p
+            for s, n, d, k, p in zip(strides, size, dilations, kernel, output_padding, strict=True)
+        ]
+        per_group, out_per_group = X.shape[1] // group, W.shape[1]
+        y = np.zeros((X.shape[0], group * out_per_group, *full), X.dtype)
+        for g in range(group):
+            part = X[:, g * per_group : (g + 1) * per_group]
+            weight = W[g * per_group : (g + 1) * per_group]
+            target = y[:, g * out_per_group : (g + 1) * out_per_group]
+            for tap in np.ndindex(*kernel):
+                moved = np.moveaxis(np.tensordot(part, weight[(slice(None), slice(None), *tap)], axes=(1, 0)), -1, 1)
+                window = tuple(
+                    slice(t * d, t * d + s * (n - 1) + 1, s)
+                    for t, d, s, n in zip(tap, dilations, strides, size, strict=True)
+                )
+                target[(slice(None), slice(None), *window)] += moved
+        crop = tuple(slice(pads[i], full[i] - pads[spatial + i]) for i in range(spatial))
+        y = y[(slice(None), slice(None), *crop)]
+        if B is not None:
+            y = y + B.reshape(1, -1, *[1] * spatial)
+        return (np.ascontiguousarray(y),)
+
+
+def _explicit(auto_pad: Any, ceil_mode: Any) -> bool:
+    """Padding is given in numbers and windows are counted downwards."""
+    return auto_pad in (None, "NOTSET", b"NOTSET") and not ceil_mode
+
+
+def _windows(size: Sequence[int], kernel: Sequence[int], strides: Any, pads: Any, dilations: Any):
+    """Defaults filled in, the output size, and for each kernel tap the slices of the padded input that it reads."""
+    spatial = len(kernel)
+    strides = list(strides or [1] * spatial)
+    pads = list(pads or [0] * (2 * spatial))
+    dilations = list(dilations or [1] * spatial)
+    out = [
+        (size[i] + pads[i] + pads[spatial + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
+        for i in range(spatial)
+    ]
+    taps = [
+        tuple(slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in zip(tap, dilations, strides, out, strict=True))
+        for tap in np.ndindex(*kernel)
+    ]
+    return [(pads[i], pads[spatial + i]) for i in range(spatial)], out, taps
+
+
+class AveragePool(SlowAveragePool):
+    """AveragePool with explicit padding as a sum of shifted slices."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, strides=None,
+        count_include_pad=None,
+    ):  # fmt: skip
+        if not _explicit(auto_pad, ceil_mode):
+            return SlowAveragePool._run(
+                self, x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations, kernel_shape=kernel_shape,
+                pads=pads, strides=strides, count_include_pad=count_include_pad,
+            )  # fmt: skip
+        widths, out, taps = _windows(x.shape[2:], kernel_shape, strides, pads, dilations)
+        padded = np.pad(x, [(0, 0), (0, 0), *widths])
+        inside = np.pad(np.ones(x.shape[2:], x.dtype), widths, constant_values=1.0 if count_include_pad else 0.0)
+        total, count = np.zeros((*x.shape[:2], *out), x.dtype), np.zeros(out, x.dtype)
+        for tap in taps:
+            total += padded[(slice(None), slice(None), *tap)]
+            count += inside[tap]
+        return (total / count,)
+
+
+class MaxPool(SlowMaxPool):
+    """MaxPool with explicit padding as a running maximum over kernel taps; the first maximum wins."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, storage_order=None,
+        strides=None,
+    ):  # fmt: skip
+        if not _explicit(auto_pad, ceil_mode) or storage_order or x.dtype.kind != "f":
+            return SlowMaxPool._run(
+                self, x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations, kernel_shape=kernel_shape,
+                pads=pads, storage_order=storage_order, strides=strides,
+            )  # fmt: skip
+        widths, out, taps = _windows(x.shape[2:], kernel_shape, strides, pads, dilations)
+        padded = np.pad(x, [(0, 0), (0, 0), *widths], constant_values=-np.inf)
+        place = np.pad(np.arange(np.prod(x.shape[2:]), dtype=np.int64).reshape(x.shape[2:]), widths)
+        best = np.full((*x.shape[:2], *out), -np.inf, x.dtype)
+        index = np.zeros(best.shape, np.int64)
+        for tap in taps:
+            value = padded[(slice(None), slice(None), *tap)]
+            better = value > best
+            best = np.where(better, value, best)
+            index = np.where(better, place[tap], index)
+        planes = np.arange(x.shape[0] * x.shape[1], dtype=np.int64).reshape(*x.shape[:2], *[1] * len(out))
+        index += planes * int(np.prod(x.shape[2:]))
+        return (best,) if len(self.onnx_node.output) == 1 else (best, index)
+
+
+_FASTER: list[type[OpRun]] = [ConvTranspose, AveragePool, MaxPool]

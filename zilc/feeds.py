@@ -1,0 +1,110 @@
+"""Values for a model's inputs when the user brings none: numbers, masks of ones, token ids that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+from zilc.errors import DataError, OptionError
+
+#: Sizes of symbolic dimensions: the leading one of an input is a batch, others stand for lengths.
+BATCH, LENGTH = 2, 8
+
+_PASS = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand", "Slice"})
+#: (operator, index operand) -> axis attribute of the data that bounds the index
+_INDEXED = {"Gather": 0, "GatherElements": 0}
+
+
+def random_feeds(graph: gs.Graph, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    """One array an input.
+
+    Floating inputs are standard normal.  Integer inputs that index a Gather are drawn below its bound; other integer
+    inputs are ones, as are boolean ones (masks).  Symbolic dimensions take the size in ``dims``, else 2 where they
+    lead and 8 elsewhere, the same for the same name.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = dict(dims or {})
+    for tensor in graph.inputs:
+        for axis, size in enumerate(tensor.shape or ()):
+            if not isinstance(size, (int, np.integer)):
+                sizes.setdefault(str(size), BATCH if axis == 0 else LENGTH)
+    feeds = {}
+    for tensor in graph.inputs:
+        if getattr(tensor, "type", "tensor_type") != "tensor_type" or tensor.dtype is None:
+            raise OptionError(
+                f"input '{tensor.name}' is not a plain tensor, no values can be drawn for it", where="--inputs"
+            )
+        shape = [int(n) if isinstance(n, (int, np.integer)) else sizes[str(n)] for n in tensor.shape or ()]
+        dtype = onnx_io.np_dtype(tensor.dtype)
+        assert dtype is not None
+        if onnx_io.is_float(tensor):
+            feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
+        elif dtype.kind in "iu":
+            bound = index_bound(tensor)
+            feeds[tensor.name] = (
+                np.ones(shape, dtype) if bound is None else rng.integers(0, bound, shape).astype(dtype)
+            )
+        elif dtype.kind == "b":
+            feeds[tensor.name] = np.ones(shape, bool)
+        else:
+            raise OptionError(f"input '{tensor.name}' holds {dtype}, no values can be drawn for it", where="--inputs")
+    return feeds
+
+
+def index_bound(tensor: gs.Tensor) -> int | None:
+    """The smallest axis that a Gather indexes with this tensor; None if none does or it is symbolic."""
+    bound: int | None = None
+    seen, stack = {tensor.name}, [tensor]
+    while stack:
+        for node in stack.pop().outputs:
+            if node.op in _PASS:
+                for out in node.outputs:
+                    if out.name not in seen:
+                        seen.add(out.name)
+                        stack.append(out)
+            elif node.op in _INDEXED and len(node.inputs) > 1 and node.inputs[1].name in seen:
+                shape = node.inputs[0].shape
+                size = shape[node.attrs.get("axis", 0)] if shape else None
+                if isinstance(size, (int, np.integer)):
+                    bound = int(size) if bound is None else min(bound, int(size))
+    return bound
+
+
+def checked_feeds(graph: gs.Graph, feeds: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """The user's arrays, one an input, of the right dtype and rank.
+
+    Raises:
+        DataError: an input is missing, or its dtype or shape does not fit.
+    """
+    checked = {}
+    for tensor in graph.inputs:
+        if tensor.name not in feeds:
+            have = ", ".join(sorted(feeds)) or "nothing"
+            raise DataError(f"no array '{tensor.name}' (it holds {have})", where=where)
+        array = np.asarray(feeds[tensor.name])
+        dtype = onnx_io.np_dtype(tensor.dtype)
+        if dtype is not None and array.dtype != dtype:
+            if array.dtype.kind != dtype.kind:
+                raise DataError(f"array '{tensor.name}' is {array.dtype}, expected {dtype}", where=where)
+            array = array.astype(dtype)
+        shape = tensor.shape
+        if shape is not None and (
+            len(shape) != array.ndim
+            or any(isinstance(n, (int, np.integer)) and n != m for n, m in zip(shape, array.shape, strict=True))
+        ):
+            raise DataError(f"array '{tensor.name}' has shape {list(array.shape)}, expected {shape}", where=where)
+        checked[tensor.name] = array
+    return checked
+
+
+def random_target(kind: str, shape: tuple[int, ...], dtype: np.dtype, class_axis: int, rng: np.random.Generator):
+    """A target for an output of that shape: labels for cross-entropy, zeros and ones for bce, else standard normal."""
+    if kind == "cross-entropy":
+        axis = class_axis % len(shape)
+        return rng.integers(0, shape[axis], shape[:axis] + shape[axis + 1 :])
+    if kind == "bce-with-logits":
+        return rng.integers(0, 2, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)

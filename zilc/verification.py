@@ -1,0 +1,314 @@
+"""Is the emitted update right?  Z-IL against emitted BP bit by bit, and against central differences of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+from zilc import onnx_io
+from zilc.errors import DataError, OptionError, ZilcError
+from zilc.executors import Executor, executor
+from zilc.feeds import checked_feeds, random_feeds, random_target
+from zilc.onnx_io import ModelSource, Source
+from zilc.passes.precision import to_float64
+from zilc.passes.prepare import inline_functions
+from zilc.pipeline import Names, Structure, TrainingStep, emit_training, settle_losses, structure
+
+#: Largest directional error accepted, relative to |gradient| |direction|.  Central differences in float64 with a
+#: relative step of 1e-5 are good to about 1e-8; float32 gradients of deep networks reach 1e-3 (ZIL.md, section 8).
+TOLERANCE = {"float64": 1e-5, "float32": 5e-3}
+#: Size of a step relative to the parameter's norm.
+STEP = 1e-5
+
+
+@dataclass
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        data: the report as data.
+        passed: bits agree everywhere, and every directional difference is within tolerance.
+    """
+
+    data: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.data["passed"])
+
+
+def verify(
+    model: ModelSource | Source,
+    *,
+    loss: str | Mapping[str, str] | Sequence[str] = "energy",
+    class_axis: int = -1,
+    output: Names = None,
+    wrt: Names = None,
+    freeze: Names = None,
+    tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
+    dims: Mapping[str, int] | None = None,
+    opset: int | None = None,
+    identities: Literal["edge", "shared"] = "shared",
+    precision: Literal["float32", "float64"] = "float32",
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    directions: int = 3,
+    base_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Compare the emitted Z-IL with the emitted BP, and with the model itself, on the same feeds.
+
+    Args:
+        precision: of the training graphs; central differences are always taken in float64.
+        inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
+        directions: random directions a parameter.
+        progress: called with (done, total) forward passes.
+        Everything else as for :func:`zilc.emit_training`.
+
+    Raises:
+        ZilcError: see :mod:`zilc.errors`.
+    """
+    if precision not in TOLERANCE:
+        raise OptionError(f"no precision '{precision}'", where="--precision", hint="Choose float32 or float64.")
+    source = onnx_io.load(model, base_dir=base_dir)
+    double = Source(to_float64(inline_functions(source), source.base_dir), source.path)
+    chosen = double if precision == "float64" else source
+    shared: dict[str, Any] = dict(
+        loss=loss, class_axis=class_axis, output=output, wrt=wrt, freeze=freeze, tie=tie, dims=dims, opset=opset,
+        outputs="grad",
+    )  # fmt: skip
+    zil = emit_training(chosen, algorithm="zil", identities=identities, **shared)
+    bp = emit_training(chosen, algorithm="bp", **shared)
+    found = structure(double, output=output, dims=dims, tie=tie, opset=opset)
+    losses = settle_losses(found, loss)
+    forward = _Forward(found, zil, dims or {})
+    feeds = _feeds(found, inputs, seed, dims or {})
+    targets = _targets(zil, forward, feeds, inputs, losses, class_axis, seed)
+
+    run = executor(zil.model)
+    got = _gradients(run, zil, {**feeds, **targets}, precision)
+    other = _gradients(executor(bp.model, prefer=_kind(run)), bp, {**feeds, **targets}, precision)
+
+    leaves = [*zil.signature["parameters"], *zil.signature["input_grads"]]
+    rng = np.random.default_rng(seed + 1)
+    largest = max((float(np.linalg.norm(np.asarray(g, np.float64))) for g in got.values()), default=0.0)
+    rows, done, total = [], 0, 2 * directions * len(leaves)
+    for leaf in leaves:
+        name, g = leaf["name"], got[leaf["name"]]
+        norm = float(np.linalg.norm(np.asarray(g, np.float64)))
+        worst = 0.0
+        for _ in range(directions):
+            v, slope = forward.slope(name, {**feeds}, targets, losses, class_axis, rng)
+            done += 2
+            if progress:
+                progress(done, total)
+            exact = float(np.sum(np.asarray(g, np.float64) * v))
+            scale = max(norm, 1e-6 * largest) * float(np.linalg.norm(v)) / np.sqrt(max(v.size, 1))
+            worst = max(worst, abs(exact - slope) / scale if scale else abs(exact - slope))
+        rows.append(
+            {
+                "name": name,
+                "level": leaf["level"],
+                "bits_equal": bits_equal(g, other[name]),
+                "max_ulp": max_ulp(g, other[name]),
+                "gradient_norm": norm,
+                "directions": directions,
+                "max_error": worst,
+            }
+        )
+    tolerance = TOLERANCE[precision]
+    equal = all(r["bits_equal"] for r in rows)
+    return Verification(
+        {
+            "model": source.name,
+            "precision": precision,
+            "levels": zil.signature["levels"],
+            "executor": {"training": run.name, "differences": forward.executor.name},
+            "zil_equals_bp": equal,
+            "tolerance": tolerance,
+            "max_error": max((r["max_error"] for r in rows), default=0.0),
+            "passed": equal and all(r["max_error"] <= tolerance for r in rows),
+            "parameters": rows,
+        }
+    )
+
+
+def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Same dtype, shape and bytes (a NaN equals itself, +0 differs from -0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def max_ulp(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest distance between entries in units in the last place."""
+    if a.size == 0:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        return float(np.max(np.abs(a - b) / np.spacing(np.maximum(np.abs(a), np.abs(b)))))
+
+
+def _kind(run: Executor) -> str:
+    return "onnxruntime" if run.name.startswith("onnxruntime") else "reference"
+
+
+def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
+    """Gradients by leaf name; floating feeds are cast to the training graph's precision."""
+    signature = step.signature
+    given = {name: np.asarray(value) for name, value in feeds.items()}
+    given.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
+    if precision == "float32":
+        kinds = {i.name: i.type.tensor_type.elem_type for i in step.model.graph.input}
+        given = {
+            n: v.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[n])) if n in kinds and v.dtype.kind == "f" else v
+            for n, v in given.items()
+        }
+    leaves = [*signature["parameters"], *signature["input_grads"]]
+    made = run(given, [leaf["grad"] for leaf in leaves])
+    return {leaf["name"]: made[leaf["grad"]] for leaf in leaves}
+
+
+def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Inputs in float64.  float32 runs see them rounded, so they are rounded once for both."""
+    if inputs is None:
+        feeds = random_feeds(found.graph, seed, dims)
+    else:
+        arrays, where = _arrays(inputs)
+        feeds = checked_feeds(found.graph, arrays, where)
+    return {n: _rounded(v) for n, v in feeds.items()}
+
+
+def _rounded(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
+
+
+def _arrays(inputs: Any) -> tuple[Mapping[str, np.ndarray], str]:
+    if isinstance(inputs, Mapping):
+        return inputs, "inputs"
+    path = Path(inputs)
+    onnx_io.read_bytes(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {n: archive[n] for n in archive.files}, str(path)
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise DataError("is not an .npz archive of arrays", where=str(path), hint="Write it with numpy.savez.") from error
+
+
+def _targets(
+    step: TrainingStep, forward: _Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
+    losses: Mapping[str, str], class_axis: int, seed: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    rng = np.random.default_rng(seed + 2)
+    given = _arrays(inputs)[0] if inputs is not None else {}
+    outputs = forward.outputs(feeds)
+    targets = {}
+    for entry in step.signature["targets"]:
+        name, output = entry["name"], entry["output"]
+        if name is None:
+            continue
+        if name in given:
+            targets[name] = _rounded(np.asarray(given[name]))
+            continue
+        mu = outputs[output]
+        targets[name] = _rounded(np.asarray(random_target(losses[output], mu.shape, mu.dtype, class_axis, rng)))
+    return targets
+
+
+class _Forward:
+    """The model itself in float64, its trained leaves fed from outside."""
+
+    def __init__(self, found: Structure, step: TrainingStep, dims: Mapping[str, int]) -> None:
+        self.names = list(found.outputs)
+        self.step = step
+        source = found.prepared.source.proto
+        leaves = [p["name"] for p in step.signature["parameters"]]
+        everything = found.flow.tensors
+        self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
+        self.ties = found.prepared.ties
+        open_model = onnx.ModelProto()
+        open_model.CopyFrom(source)
+        tied = {b: (a, t) for b, (a, t) in self.ties.items()}
+        opened = set(leaves) | {b for b, (a, _) in tied.items() if a in leaves}
+        graph = open_model.graph
+        held = {i.name for i in graph.input}
+        kept = [t for t in graph.initializer if t.name not in opened]
+        nodes = [n for n in graph.node if not (n.op_type in ("Constant", "ConstantOfShape") and n.output[0] in opened)]
+        del graph.initializer[:], graph.node[:]
+        graph.initializer.extend(kept)
+        graph.node.extend(nodes)
+        for name in sorted(opened):
+            if name not in held:
+                tensor = everything.get(name)
+                root = tied[name] if name in tied else (name, False)
+                shape = self.values[root[0]].T.shape if root[1] else self.values[root[0]].shape
+                assert tensor is None or tuple(tensor.shape) == tuple(shape)
+                graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, shape))
+        known = {o.name for o in graph.output}
+        for name in self.names:
+            if name not in known:
+                graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None))
+        real = [i for i in graph.input if i.name not in {t.name for t in kept}]
+        del graph.input[:]
+        graph.input.extend(real)
+        open_model.ir_version = max(open_model.ir_version, 4)
+        self.opened = opened
+        self.executor = executor(open_model)
+
+    def outputs(self, feeds: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """Trained outputs, with some parameters moved."""
+        values = {**self.values, **(moved or {})}
+        for b, (a, transposed) in self.ties.items():
+            if a in values:
+                values[b] = values[a].T if transposed else values[a]
+        return self.executor({**values, **feeds, **{k: v for k, v in (moved or {}).items() if k in feeds}}, self.names)
+
+    def slope(
+        self, name: str, feeds: dict[str, np.ndarray], targets: Mapping[str, np.ndarray],
+        losses: Mapping[str, str], class_axis: int, rng: np.random.Generator,
+    ) -> tuple[np.ndarray, float]:  # fmt: skip
+        """A random direction v and the central difference of the loss along it."""
+        value = self.values[name] if name in self.values else feeds[name]
+        v = rng.standard_normal(value.shape)
+        size = float(np.linalg.norm(v)) or 1.0
+        h = STEP * max(float(np.linalg.norm(value)), 1e-2 * np.sqrt(max(value.size, 1))) / size
+        sides = []
+        for sign in (1.0, -1.0):
+            moved = {name: value + sign * h * v}
+            sides.append(self.loss(self.outputs({**feeds, **{k: x for k, x in moved.items() if k in feeds}}, moved), targets, losses, class_axis))
+        return v, (sides[0] - sides[1]) / (2 * h)
+
+    def loss(
+        self, outputs: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray], losses: Mapping[str, str], axis: int
+    ) -> float:
+        """The summed loss, in NumPy, apart from the emitted one."""
+        total = 0.0
+        for entry in self.step.signature["targets"]:
+            y = targets.get(entry["name"]) if entry["name"] else None
+            total += numpy_loss(losses[entry["output"]], np.asarray(outputs[entry["output"]]), y, axis)
+        return total
+
+
+def numpy_loss(kind: str, mu: np.ndarray, y: np.ndarray | None, axis: int) -> float:
+    """Each loss by its definition, in float64."""
+    mu = mu.astype(np.float64)
+    if kind == "none":
+        return float(mu.reshape(-1)[0])
+    assert y is not None
+    if mu.shape != y.shape and kind != "cross-entropy":
+        raise DataError(f"target has shape {list(y.shape)}, expected {list(mu.shape)}", where="target")
+    if kind == "energy":
+        return 0.5 * float(np.sum((mu - y) ** 2))
+    if kind == "mse":
+        return float(np.mean((mu - y) ** 2))
+    if kind == "bce-with-logits":
+        return float(np.mean(np.logaddexp(0.0, mu) - y * mu))
+    if kind == "cross-entropy":
+        top = mu.max(axis=axis, keepdims=True)
+        log_z = np.log(np.sum(np.exp(mu - top), axis=axis)) + np.squeeze(top, axis=axis)
+        picked = np.take_along_axis(mu, np.expand_dims(y.astype(np.int64), axis), axis=axis)
+        return float(np.mean(log_z - np.squeeze(picked, axis=axis)))
+    raise ZilcError(f"no loss '{kind}'")
