@@ -12,7 +12,7 @@ from zilc.passes import contracts
 from zilc.passes.levels import Levels
 
 from zilc import onnx_io
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured
 from zilc.vjp.table import is_differentiable_operand
 
 Placement = Literal["edge", "shared"]
@@ -82,7 +82,11 @@ def insert_identities(
             rebuild.add(node)
             continue
         inputs = [taps.get((vertex, k)) or rebuild.tensor(t) for k, t in enumerate(node.inputs)]
-        rebuild.add(node, inputs)
+        outside = captured(node) if node.attrs else []
+        moved = {
+            t.name: taps[vertex, len(inputs) + k] for k, t in enumerate(outside) if (vertex, len(inputs) + k) in taps
+        }
+        rebuild.add(node, inputs, moved)
         for tensor in node.outputs:
             if tensor.name in flow.readers:
                 delay(tensor, levels.vertices[vertex], flow.readers[tensor.name])

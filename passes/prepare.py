@@ -7,7 +7,7 @@ need one.  The caller's ModelProto is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,8 +52,12 @@ def prepare(
     opset: int | None = None,
     dims: Mapping[str, int] | None = None,
     ties: Sequence[tuple[str, str]] = (),
+    keep: Collection[str] = (),
 ) -> Prepared:
     """Run the steps in order.
+
+    Args:
+        keep: tensors that will be asked for by name, though they may be outputs of Identity nodes.
 
     Raises:
         ModelError: shapes contradict each other, or the opset cannot be settled.
@@ -66,7 +70,7 @@ def prepare(
     graph = onnx_io.to_graph(proto, source.base_dir)
     graph.opset = _opset(proto)
     graph = lift_constants(graph)
-    graph = remove_identities(graph)
+    graph = remove_identities(graph, keep=keep)
     prepared = Prepared(graph, source)
     if ties:
         prepared.graph = tie_leaves(graph, ties, prepared.ties)
@@ -295,14 +299,16 @@ def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
     return None
 
 
-def remove_identities(graph: gs.Graph) -> gs.Graph:
-    """Identity nodes are taken out; names of graph inputs, outputs and initializers stay.
+def remove_identities(graph: gs.Graph, *, keep: Collection[str] = ()) -> gs.Graph:
+    """Identity nodes are taken out; names of graph inputs, outputs and initializers stay, and those in ``keep``.
 
     Before:  a -> Identity -> b -> Relu
     After:   a -> Relu
+
+    Where both ends of a node must keep their names, it stays, and nothing reads it.
     """
     inputs = {t.name for t in graph.inputs}
-    outputs = {t.name for t in graph.outputs}
+    outputs = {t.name for t in graph.outputs} | set(keep)
     target: dict[str, str] = {}  # a tensor that vanishes -> the tensor in its place
     renamed: dict[str, str] = {}  # a node's output -> the graph output it now is
 
@@ -329,7 +335,9 @@ def remove_identities(graph: gs.Graph) -> gs.Graph:
             renamed[source] = made
             target[made] = source
             dropped.add(id(node))
-    if not dropped:
+        else:
+            target[made] = source
+    if not target:
         return graph
     everything = onnx_io.tensors(graph)
     rebuild = Rebuild(graph)
@@ -344,10 +352,8 @@ def remove_identities(graph: gs.Graph) -> gs.Graph:
     for node in graph.nodes:
         if id(node) in dropped:
             continue
-        made_node = rebuild.add(node, [stand_in(t) for t in node.inputs])
-        for key, inner in list(made_node.attrs.items()):
-            if isinstance(inner, gs.Graph):
-                made_node.attrs[key] = inner.copy({name: stand_in(everything[name]) for name in target if name in everything})
+        outside = {name: stand_in(everything[name]) for name in target if name in everything} if node.attrs else {}
+        rebuild.add(node, [stand_in(t) for t in node.inputs], outside)
     return rebuild.finish()
 
 
@@ -453,22 +459,32 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
         for name in outputs
         if name not in made or name not in flow.producer or flow.producer[name] in busy
     ]
-    if not needy:
+    # An Identity node of the file that had to stay is a terminal already; nothing reads it.
+    kept = {
+        name: flow.vertices[flow.producer[name]]
+        for name in outputs
+        if name not in needy and flow.vertices[flow.producer[name]].op == "Identity"
+    }
+    if not needy and not kept:
         return graph, list(outputs)
     names = set(onnx_io.tensors(graph))
     everything = onnx_io.tensors(graph)
     rebuild = Rebuild(graph)
     clamped = dict.fromkeys(outputs, "")
     late: list[gs.Node] = []
+    for name in needy:
+        if name in made:
+            value = _fresh(f"{name}.value", names)
+            rebuild.tensors[name] = gs.Variable(value, everything[name].dtype, everything[name].shape)
     for name in outputs:
         tensor = everything[name]
-        if name not in needy:
+        if name not in needy and name not in kept:
             clamped[name] = name
             continue
-        if name in made:
-            source = gs.Variable(_fresh(f"{name}.value", names), tensor.dtype, tensor.shape)
-            out = gs.Variable(name, tensor.dtype, tensor.shape)
-            rebuild.tensors[name] = source
+        if name in kept:
+            source, out = rebuild.tensor(kept[name].inputs[0]), rebuild.tensor(tensor)
+        elif name in made:
+            source, out = rebuild.tensors[name], gs.Variable(name, tensor.dtype, tensor.shape)
         else:
             source = rebuild.tensor(tensor)
             out = gs.Variable(_fresh(f"{name}.clamped", names), tensor.dtype, list(tensor.shape or []))
@@ -478,7 +494,8 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
         late.append(node)
         clamped[name] = out.name
     for node in graph.nodes:
-        rebuild.add(node)
+        if not any(node is terminal for terminal in kept.values()):
+            rebuild.add(node)
     terminals = {n.outputs[0].name: n.outputs[0] for n in late}
     rebuild.nodes.extend(late)
     result = rebuild.finish()

@@ -7,10 +7,9 @@ output.  Everything else is frozen at its forward value and takes no part in lev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import networkx as nx
 import onnx_graphsurgeon as gs
@@ -215,7 +214,6 @@ class Rebuild:
     old: gs.Graph
     tensors: dict[str, gs.Tensor] = field(default_factory=dict)
     nodes: list[gs.Node] = field(default_factory=list)
-    _subgraph: Any = None
 
     def tensor(self, tensor: gs.Tensor) -> gs.Tensor:
         """The new graph's tensor of that name."""
@@ -225,23 +223,26 @@ class Rebuild:
             self.tensors[tensor.name] = copy_tensor(tensor)
         return self.tensors[tensor.name]
 
-    def add(self, node: gs.Node, inputs: Sequence[gs.Tensor] | None = None) -> gs.Node:
-        """Append a copy of ``node``, reading ``inputs`` (new tensors) if given."""
+    def add(
+        self, node: gs.Node, inputs: Sequence[gs.Tensor] | None = None, moved: Mapping[str, gs.Tensor] | None = None
+    ) -> gs.Node:
+        """Append a copy of ``node``.
+
+        Args:
+            inputs: new tensors to read, by default those of the same names.
+            moved: new tensors for values that its subgraphs capture, by their old names.
+        """
         made = copy_node(
             node,
             [self.tensor(t) for t in node.inputs] if inputs is None else inputs,
             [self.tensor(t) for t in node.outputs],
         )
-        for inner in node.subgraphs(recursive=True):
-            self._adopt(inner)
+        for key, inner in node.attrs.items():
+            if isinstance(inner, gs.Graph):
+                outer = {name: self.tensor(t) for name, t in inner._foreign_tensors().items() if name}
+                made.attrs[key] = inner.copy({**outer, **(moved or {})})
         self.nodes.append(made)
         return made
-
-    def _adopt(self, inner: gs.Graph) -> None:
-        """Captured tensors are found by name when a subgraph is written; make sure that they exist outside."""
-        for tensor in inner._foreign_tensors().values():
-            if isinstance(tensor, gs.Constant):
-                self.tensor(tensor)
 
     def finish(self, outputs: Sequence[gs.Tensor] | None = None) -> gs.Graph:
         """The new graph, with the old one's inputs, outputs, opset and metadata."""

@@ -1,0 +1,6 @@
+"""Makes `tests` importable and every run repeatable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
