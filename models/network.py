@@ -120,7 +120,7 @@ class Network:
             # The emitter's own constants, shapes and scalars; its prefix is for graphs that zilc emits.
             tensor.name = tensor.name.removeprefix("zilc.")
         proto = onnx_io.to_proto(self.graph, infer=True)
-        onnx_io.check_full(proto, self.graph.name)
+        onnx_io.check_full(proto)
         return proto
 
 

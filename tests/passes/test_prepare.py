@@ -155,8 +155,9 @@ def test_external_data(tmp_path):
     # A frozen weight stays in the graph, and the graph stands alone.
     step = zilc.emit_training(path, freeze=["w1"])
     onnx_io.save(step.model, tmp_path / "sub.onnx", base_dir=str(tmp_path))
+    ready = initial(step, given)
     os.rename(tmp_path / "m.bin", tmp_path / "gone.bin")
-    assert executor(onnx.load(tmp_path / "sub.onnx"))(initial(step, given))["loss"].shape == ()
+    assert executor(onnx.load(tmp_path / "sub.onnx"))(ready)["loss"].shape == ()
     with pytest.raises(ModelError, match=r"external data file 'm.bin' of tensor 'w1' is not there"):
         zilc.levelize(path)
 
