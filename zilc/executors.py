@@ -2,7 +2,8 @@
 
 ONNX Runtime's CPU provider has no float64 Conv, ConvTranspose, AveragePool or Erf (among others); the reference
 evaluator has all of them, some as loops over every output element.  Those are replaced here by the same sums over
-kernel taps in whole-array form.
+kernel taps in whole-array form, and
+operators that it computes wrongly are mended (:mod:`zilc.reference`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_average_pool import AveragePool_19 as SlowAveragePool
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as SlowConvTranspose
 from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
+
+from zilc.reference import REPAIRED
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -65,7 +68,7 @@ def executor(model: onnx.ModelProto, *, prefer: str = "onnxruntime") -> Executor
                 raise
         else:
             return Executor(f"onnxruntime {onnxruntime.__version__}", inputs, outputs, session.run)
-    evaluator = ReferenceEvaluator(model, new_ops=_FASTER)  # type: ignore[arg-type]
+    evaluator = ReferenceEvaluator(model, new_ops=[*_FASTER, *REPAIRED])  # type: ignore[arg-type]
 
     def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         return [np.asarray(y) for y in evaluator.run(names, feeds)]  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ CASES = [
     Case("Gelu", [_X], opset=20),
     Case("Gelu", [_X], {"approximate": "tanh"}, opset=20, label="tanh"),
     Case("Swish", [_X], {"alpha": 1.5}, opset=24),
+    Case("SwiGLU", [_X, r(3, 4)], opset=28, operands=[0, 1]),
     Case("Clip", [_X, np.asarray(-0.5), np.asarray(1.0)]),
     Case("Clip", [_X, None, np.asarray(1.0)]),
     Case("Softmax", [_X], {"axis": 0}),

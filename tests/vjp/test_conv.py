@@ -11,7 +11,7 @@ import torch
 from tests.vjp.cases import Case, both, check, label
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.testing import op_model, run, vjp_model
+from zilc.testing import check_vjp, op_model, run
 from zilc.vjp import conv
 
 
@@ -57,10 +57,10 @@ CONV = [
 ]
 
 
-def _transpose(x: tuple, w: tuple, bias: bool = False, label: str = "", executor: str = "reference", **attrs: object) -> Case:
+def _transpose(x: tuple, w: tuple, bias: bool = False, label: str = "", **attrs: object) -> Case:
     group = int(attrs.get("group", 1))  # type: ignore[call-overload]
     inputs = [_r(*x), _r(*w), *([_r(w[1] * group)] if bias else [])]
-    return Case("ConvTranspose", inputs, {"kernel_shape": list(w[2:]), **attrs}, label=label, executor=executor)
+    return Case("ConvTranspose", inputs, {"kernel_shape": list(w[2:]), **attrs}, label=label)
 
 
 # ConvTranspose in ONNX's reference evaluator is right where there is one group, or one channel a group and no bias.
@@ -71,14 +71,31 @@ TRANSPOSE = [
     _transpose((1, 2, 3, 4), (2, 2, 3, 3), strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 1], label="doubling"),
     _transpose((1, 2, 3, 4), (2, 2, 3, 2), strides=[2, 3], pads=[0, 1, 2, 0], label="asymmetric"),
     _transpose((1, 2, 3, 3), (2, 2, 2, 3), dilations=[2, 1], strides=[1, 2], label="dilations"),
-    _transpose((1, 2, 3, 3), (2, 2, 2, 3), dilations=[3, 1], output_padding=[2, 0], label="output padding of strides"),
     _transpose((2, 3, 3, 4), (3, 1, 3, 2), group=3, strides=[2, 1], label="depthwise"),
     _transpose((1, 2, 3, 4), (2, 2, 3, 3), strides=[2, 2], auto_pad="SAME_UPPER", label="same upper"),
     _transpose((1, 2, 3, 4), (2, 2, 4, 3), strides=[2, 1], auto_pad="SAME_LOWER", label="same lower"),
     _transpose((1, 2, 3, 4), (2, 2, 3, 3), strides=[2, 2], auto_pad="VALID", label="valid"),
-    _transpose((1, 2, 3, 4), (2, 2, 4, 4), strides=[2, 2], auto_pad="SAME_UPPER", output_shape=[7, 8], label="output shape"),
-    _transpose((1, 2, 3, 4), (2, 2, 4, 4), strides=[2, 2], auto_pad="SAME_LOWER", output_shape=[7, 9], label="output shape lower"),
+    _transpose(
+        (1, 2, 3, 4), (2, 2, 4, 4), strides=[2, 2], auto_pad="SAME_UPPER", output_shape=[7, 8], label="output shape"
+    ),
+    _transpose(
+        (1, 2, 3, 4),
+        (2, 2, 4, 4),
+        strides=[2, 2],
+        auto_pad="SAME_LOWER",
+        output_shape=[7, 9],
+        label="output shape lower",
+    ),
     _transpose((1, 2, 2, 3, 2), (2, 2, 2, 2, 2), strides=[1, 2, 1], label="3d"),
+]
+
+# What the reference evaluator cannot run, or runs wrongly; ONNX Runtime can, in float32.
+TRANSPOSE_RUNTIME = [
+    _transpose((1, 2, 3, 3), (2, 2, 2, 3), dilations=[3, 1], output_padding=[2, 0], label="output padding of strides"),
+    _transpose((2, 4, 3, 4), (4, 3, 3, 2), group=2, bias=True, strides=[2, 1], label="groups"),
+    _transpose((2, 3, 3, 4), (3, 2, 3, 2), group=3, bias=True, pads=[1, 0, 1, 1], label="depthwise times two"),
+    _transpose((2, 2, 3, 4), (2, 2, 4, 4), strides=[2, 2], output_shape=[7, 9], label="output shape"),
+    _transpose((1, 4, 2, 3, 2), (4, 1, 2, 2, 2), group=2, strides=[2, 1, 1], bias=True, label="3d groups"),
 ]
 
 CASES: list[Case] = CONV + TRANSPOSE
@@ -87,6 +104,13 @@ CASES: list[Case] = CONV + TRANSPOSE
 @pytest.mark.parametrize(("case", "symbolic"), both(CASES), ids=label)
 def test_against_central_differences(case: Case, symbolic: bool) -> None:
     check(case, symbolic)
+
+
+@pytest.mark.parametrize(("case", "symbolic"), both(TRANSPOSE_RUNTIME), ids=label)
+def test_in_onnxruntime(case: Case, symbolic: bool) -> None:
+    """The operator is linear in each operand, so a step of 1 makes the difference exact but for rounding."""
+    inputs = [None if x is None else x.astype(np.float32) for x in case.inputs]
+    check_vjp(case.op, inputs, case.attrs, symbolic=symbolic, executor="onnxruntime", step=1.0, rtol=1e-5)
 
 
 def _symbolic(array: np.ndarray, which: str) -> list[int | str]:
@@ -143,7 +167,11 @@ def _same(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
 
 
-WEIGHT = {"swapped": conv.weight_by_swapped_conv, "volume": conv.weight_by_volume_conv, "columns": conv.weight_by_columns}
+WEIGHT = {
+    "swapped": conv.weight_by_swapped_conv,
+    "volume": conv.weight_by_volume_conv,
+    "columns": conv.weight_by_columns,
+}
 IMAGE = {"transpose": conv.image_by_transpose, "conv": conv.image_by_conv}
 SYMBOLIC = ["static", "batch", "sizes", "all"]
 BOTH_DTYPES = [(np.float64, 1e-12), (np.float32, 2e-5)]
@@ -191,3 +219,15 @@ def test_every_image_lowering(name: str, which: str, dtype: type, tolerance: flo
             continue  # the reference evaluator's ConvTranspose mixes up groups
         got = _lower(case, which, lambda op, x, w, g, window: IMAGE[name](op, g, w, x, window), dtype)
         _same(got, _truth(case, dtype)[0], tolerance)
+
+
+@pytest.mark.parametrize("which", SYMBOLIC)
+def test_the_choice_runs_in_both_executors(which: str) -> None:
+    """What the rule itself emits, in float64 (reference evaluator) and in float32 (ONNX Runtime)."""
+    for case in CONV:
+        for dtype, tolerance in BOTH_DTYPES:
+            dx, dw = _truth(case, dtype)
+            got = _lower(case, which, lambda op, x, w, g, window: conv.image_cotangent(op, g, w, x, window), dtype)
+            _same(got, dx, tolerance)
+            got = _lower(case, which, lambda op, x, w, g, window: conv.weight_cotangent(op, x, g, w, window), dtype)
+            _same(got, dw, tolerance)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.vjp.cases import Case, both, check, label
 from tests.vjp.single import check_float32
-from zilc.testing import op_model, vjp_model
+from zilc.testing import op_model, run, vjp_model
 
 _rng = np.random.default_rng(7)
 
@@ -96,3 +97,14 @@ def test_weight_gradient_of_a_projection_is_one_gemm() -> None:
     model = vjp_model(op_model("MatMul", [r(2, 3, 4), r(4, 5)]), operands=[1])
     kinds = [n.op_type for n in model.graph.node if n.name.startswith("zilc")]
     assert sorted(kinds) == ["Flatten", "Flatten", "Gemm"]
+
+
+def test_an_operand_used_twice_has_two_cotangents() -> None:
+    """Y = X X: the cotangents of both edges add up to G X^T + X^T G."""
+    x, g = r(3, 3), r(3, 3)
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.DOUBLE, [3, 3]) for n in ("x0", "y0")]
+    node = onnx.helper.make_node("MatMul", ["x0", "x0"], ["y0"], name="node")
+    graph = onnx.helper.make_graph([node], "op", info[:1], info[1:])
+    model = vjp_model(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10))
+    _, left, right = run(model, {"x0": x, "g0": g})
+    np.testing.assert_allclose(left + right, g @ x.T + x.T @ g, rtol=1e-12, atol=1e-13)

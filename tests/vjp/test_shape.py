@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from tests.vjp.cases import Case, both, check, label
 from tests.vjp.single import check_float32
+from zilc import onnx_io
+from zilc.emit import Emitter
+from zilc.testing import op_model, run, vjp_model
+from zilc.vjp import table
 
 _rng = np.random.default_rng(11)
 
@@ -223,3 +229,66 @@ def test_vjp(case: Case, symbolic: bool) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_in_onnxruntime(case: Case) -> None:
     check_float32(case)
+
+
+def _emitted(
+    op: str, shapes: list[list[int | str] | np.ndarray], attrs: dict | None = None, outputs: int = 1
+) -> list[str]:
+    """Operators that the VJP of one node takes, its operands floats of these shapes or constants."""
+    names = [f"x{k}" for k in range(len(shapes))]
+    infos, constants = [], []
+    for name, shape in zip(names, shapes, strict=True):
+        if isinstance(shape, np.ndarray):
+            constants.append(onnx.numpy_helper.from_array(shape, name))
+        else:
+            infos.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    results = [f"y{k}" for k in range(outputs)]
+    node = onnx.helper.make_node(op, names, results, name="node", **(attrs or {}))
+    ends = [onnx.helper.make_empty_tensor_value_info(y) for y in results]
+    graph = onnx.helper.make_graph([node], "op", infos, ends, constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    made = vjp_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    return [n.op_type for n in made.graph.node if n.name.startswith("zilc")]
+
+
+def test_symbolic_batch_and_length_need_no_shape_nodes() -> None:
+    """What transformers are made of: [batch, sequence, hidden] with the first two symbolic."""
+    hidden: list[int | str] = ["b", "s", 768]
+    assert _emitted("Reshape", [hidden, i(0, 0, 12, 64)]) == ["Reshape"]
+    assert _emitted("Reshape", [["b", "s", 12, 64], i(0, 0, 768)]) == ["Reshape"]
+    assert _emitted("Slice", [hidden, i(256), i(512), i(2)]) == ["Pad"]
+    assert _emitted("Split", [hidden], {"axis": 2, "num_outputs": 3}, outputs=3) == ["Concat"]
+    assert _emitted("Concat", [["b", 1, 768], ["b", 196, 768]], {"axis": 1}) == ["Slice", "Slice"]
+    assert _emitted("Flatten", [["b", 512, 7, 7]], {"axis": 1}) == ["Reshape"]
+    assert _emitted("Transpose", [["b", "s", 12, 64]], {"perm": [0, 2, 1, 3]}) == ["Transpose"]
+
+
+def test_repeated_rows_of_an_embedding_are_all_added() -> None:
+    """onnxruntime's ScatterND adds in parallel without atomics and loses summands; nothing of it may be emitted."""
+    index = np.random.default_rng(0).integers(0, 3, 20_000)
+    table_ = np.zeros((1000, 32), np.float32)
+    for op, operand in (("Gather", index), ("GatherND", index[:, None])):
+        model = vjp_model(op_model(op, [table_, operand]))
+        assert "ScatterND" not in {n.op_type for n in model.graph.node}
+        g = np.ones((20_000, 32), np.float32)
+        got = run(model, {"x0": table_, "x1": operand, "g0": g}, "onnxruntime")[1]
+        expected = np.bincount(index, minlength=1000).astype(np.float32)[:, None] * np.ones((1, 32), np.float32)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_missing_cotangents_of_a_split_are_zeros() -> None:
+    graph = gs.Graph(opset=18)
+    op = Emitter(graph)
+    x = gs.Variable("x", np.float32, [2, 5])
+    parts = [gs.Variable(f"y{k}", np.float32, [2, n]) for k, n in enumerate((2, 3))]
+    node = gs.Node("Split", attrs={"axis": 1}, inputs=[x, gs.Constant("split", i(2, 3))], outputs=parts)
+    g = gs.Variable("g", np.float32, [2, 3])
+    graph.inputs = [g]
+    d = table.vjp(op, node, 0, [None, g])
+    assert d is not None
+    d.dtype, d.shape = np.float32, [2, 5]
+    graph.outputs = [d]
+    value = r(2, 3).astype(np.float32)
+    got = run(onnx_io.to_proto(graph), {"g": value})[0]
+    np.testing.assert_array_equal(got, np.concatenate([np.zeros((2, 2), np.float32), value], axis=1))
+    assert table.vjp(op, node, 0, [None, None]) is None

@@ -15,5 +15,5 @@ no_gradient(
     # integers and strings
     "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
     "NonMaxSuppression", "Unique", "TfIdfVectorizer", "StringNormalizer", "StringConcat", "StringSplit",
-    "RegexFullMatch", "LabelEncoder", "SequenceLength", "BitCast",
+    "RegexFullMatch", "SequenceLength", "BitCast",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import onnx.defs
@@ -134,7 +134,7 @@ def lookup(node: gs.Node, opset: int) -> Rule | None:
     return composite.derive(node, opset)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema_defaults(op: str, opset: int) -> dict[str, Any]:
     try:
         schema = onnx.defs.get_schema(op, opset, "")
@@ -195,7 +195,18 @@ def vjp(op: Emitter, node: gs.Node, operand: int, cotangents: list[gs.Tensor | N
     if result is not None and rule.broadcasting:
         x, out = node.inputs[operand], node.outputs[0]
         result = unbroadcast(op, result, x, out)
+    if isinstance(result, gs.Variable):
+        _shape_like(op, result, node.inputs[operand])
     return result
+
+
+def _shape_like(op: Emitter, g: gs.Variable, x: gs.Tensor) -> None:
+    """Note that ``g`` has the shape of ``x``: inference loses symbols, even ranks, where shapes are run-time values."""
+    dims = op.dims(x)
+    if dims is None:
+        return
+    known = None if all(isinstance(n, int) for n in dims) else op.dims(g)
+    g.shape = list(dims) if known is None else [m if n is None else n for n, m in zip(dims, known, strict=True)]
 
 
 def ensure_outputs(op: Emitter, node: gs.Node, rule: Rule) -> None:

@@ -1,0 +1,181 @@
+"""Checks for tests of rules and passes: every tolerance is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.reference
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+from zilc.emit import Emitter
+from zilc.vjp import table
+
+
+def op_model(
+    op_type: str,
+    inputs: Sequence[np.ndarray | None],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    opset: int = 18,
+    outputs: int = 1,
+    symbolic: bool = False,
+    constant: Sequence[int] = (),
+) -> onnx.ModelProto:
+    """A model of one operator.
+
+    Args:
+        inputs: one array an operand; None for an absent optional one.
+        symbolic: every dimension of every graph input is symbolic.
+        constant: operands that are initializers instead of graph inputs.
+    """
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(inputs)]
+    infos, initializers = [], []
+    for i, x in enumerate(inputs):
+        if x is None:
+            continue
+        if i in constant:
+            initializers.append(onnx.numpy_helper.from_array(np.asarray(x), names[i]))
+            continue
+        kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+        shape: Sequence[int | str] = [f"d{i}_{k}" for k in range(x.ndim)] if symbolic else x.shape
+        infos.append(onnx.helper.make_tensor_value_info(names[i], kind, shape))
+    results = [f"y{k}" for k in range(outputs)]
+    node = onnx.helper.make_node(op_type, names, results, name="node", **(attrs or {}))
+    empty = [onnx.helper.make_empty_tensor_value_info(name) for name in results]
+    graph = onnx.helper.make_graph([node], "op", infos, empty, initializers)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    if any(not y.type.tensor_type.HasField("shape") for y in inferred.graph.output):
+        # A rank that is settled at run time: graph outputs must state it, so it is taken from a run.
+        feeds = {f"x{i}": x for i, x in enumerate(inputs) if x is not None and i not in constant}
+        for k, (y, value) in enumerate(zip(inferred.graph.output, run(inferred, feeds), strict=True)):
+            kind = y.type.tensor_type.elem_type
+            dims = [f"y{k}_{axis}" for axis in range(np.ndim(value))]
+            y.CopyFrom(onnx.helper.make_tensor_value_info(y.name, kind, dims))
+        del inferred.graph.value_info[:]
+    onnx.checker.check_model(inferred, full_check=True)
+    return inferred
+
+
+def vjp_model(model: onnx.ModelProto, *, operands: Sequence[int] | None = None) -> onnx.ModelProto:
+    """Add the VJP of every differentiable operand of a one-operator model.
+
+    The result takes cotangents ``g0``, ``g1`` … (one a floating output) and gives ``d0``, ``d2`` … (one an operand).
+    """
+    graph = onnx_io.to_graph(model)
+    graph.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    op = Emitter(graph)
+    node = graph.nodes[0]
+    rule = table.lookup(node, graph.opset)
+    assert rule is not None, f"{node.op} has no rule"
+    table.ensure_outputs(op, node, rule)
+    cotangents: list[gs.Tensor | None] = []
+    for k, y in enumerate(list(graph.outputs)):
+        if onnx_io.is_float(y):
+            g = gs.Variable(f"g{k}", dtype=y.dtype, shape=y.shape)
+            graph.inputs.append(g)
+            cotangents.append(g)
+        else:
+            cotangents.append(None)
+    cotangents += [None] * (len(node.outputs) - len(cotangents))
+    for index in range(len(node.inputs)):
+        if operands is not None and index not in operands:
+            continue
+        if not table.is_differentiable_operand(node, index, graph.opset):
+            continue
+        d = table.vjp(op, node, index, cotangents)
+        if d is None:
+            continue
+        out = gs.Variable(f"d{index}", dtype=node.inputs[index].dtype, shape=node.inputs[index].shape)
+        graph.nodes.append(gs.Node("Identity", name=f"d{index}", inputs=[d], outputs=[out]))
+        graph.outputs.append(out)
+    made = onnx_io.to_proto(graph, infer=True)
+    onnx_io.check_full(made)
+    return made
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], executor: str = "reference") -> list[np.ndarray]:
+    """Outputs of a model in ONNX's reference evaluator, or in onnxruntime on CPU."""
+    if executor == "reference":
+        from zilc.reference import evaluator
+
+        return list(evaluator(model).run(None, dict(feeds)))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {k: np.asarray(v) for k, v in feeds.items()}))
+
+
+def check_vjp(
+    op_type: str,
+    inputs: Sequence[np.ndarray | None],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    opset: int = 18,
+    outputs: int = 1,
+    operands: Sequence[int] | None = None,
+    symbolic: bool = False,
+    constant: Sequence[int] = (),
+    rtol: float = 1e-6,
+    step: float = 1e-5,
+    directions: int = 3,
+    executor: str = "reference",
+    seed: int = 0,
+) -> None:
+    """Hold a rule against central differences in float64, by inner products along random directions.
+
+    For each differentiable operand x and random v, g: <vjp(g), v> = <g, (f(x + hv) - f(x - hv)) / 2h>.
+
+    Args:
+        rtol: allowed difference relative to |vjp(g)| |v|.
+        operands: restrict to these operands; each must have a formula.
+        executor: "reference" or "onnxruntime".
+
+    Raises:
+        AssertionError: an operand's VJP is off, has the wrong shape, or nothing was checked.
+    """
+    rng = np.random.default_rng(seed)
+    forward = op_model(op_type, inputs, attrs, opset=opset, outputs=outputs, symbolic=symbolic, constant=constant)
+    backward = vjp_model(forward, operands=operands)
+    feeds = {f"x{i}": x for i, x in enumerate(inputs) if x is not None and i not in constant}
+    y = run(forward, feeds, executor)
+    cotangents = {
+        f"g{k}": np.asarray(rng.standard_normal(np.shape(v)), np.asarray(v).dtype)
+        for k, v in enumerate(y)
+        if np.asarray(v).dtype.kind == "f"
+    }
+    names = [o.name for o in backward.graph.output]
+    got = dict(zip(names, run(backward, {**feeds, **cotangents}, executor), strict=True))
+    checked = 0
+    for name, d in got.items():
+        if not name.startswith("d"):
+            continue
+        index = int(name[1:])
+        x = inputs[index]
+        assert x is not None
+        assert d.shape == x.shape, f"{op_type} operand {index}: shape {d.shape}, expected {x.shape}"
+        for _ in range(directions):
+            v = np.asarray(rng.standard_normal(x.shape), x.dtype)
+            if index in constant:
+                raise AssertionError("a constant operand cannot be perturbed")
+            plus = run(forward, {**feeds, f"x{index}": x + step * v}, executor)
+            minus = run(forward, {**feeds, f"x{index}": x - step * v}, executor)
+            numeric = sum(
+                float(np.sum(cotangents[f"g{k}"] * (p - m))) / (2 * step)
+                for k, (p, m) in enumerate(zip(plus, minus, strict=True))
+                if f"g{k}" in cotangents
+            )
+            exact = float(np.sum(d * v))
+            scale = float(np.linalg.norm(d) * np.linalg.norm(v)) + 1e-12
+            assert abs(exact - numeric) <= rtol * max(scale, abs(numeric)), (
+                f"{op_type} operand {index}: vjp {exact!r}, central difference {numeric!r} (scale {scale:.3g})"
+            )
+        checked += 1
+    if operands is not None:
+        assert checked == len(operands), f"{op_type}: checked {checked} operands, expected {list(operands)}"
+    assert checked, f"{op_type}: no operand was checked"
