@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zilc.passes.levels import Levels, SumOrder, sum_order
-
 from zilc.graph import Dataflow, Edge
+from zilc.passes.levels import Levels, SumOrder, sum_order
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from zilc.passes import contracts
-from zilc.passes.levels import Levels
 
 from zilc import onnx_io
 from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured
+from zilc.passes import contracts
+from zilc.passes.levels import Levels
 from zilc.vjp.table import is_differentiable_operand
 
 Placement = Literal["edge", "shared"]

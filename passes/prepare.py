@@ -18,12 +18,12 @@ import onnx.inliner
 import onnx.shape_inference
 import onnx.version_converter
 import onnx_graphsurgeon as gs
-from zilc.passes.identities import flow_of
 
 from zilc import onnx_io
 from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Rebuild
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
+from zilc.passes.identities import flow_of
 
 #: Initializers above this many elements do not travel through onnx's version converter.
 _SMALL = 256
@@ -470,17 +470,14 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
     names = set(onnx_io.tensors(graph))
     everything = onnx_io.tensors(graph)
     rebuild = Rebuild(graph)
-    clamped = dict.fromkeys(outputs, "")
+    clamped = {name: name for name in outputs}
     late: list[gs.Node] = []
     for name in needy:
         if name in made:
             value = _fresh(f"{name}.value", names)
             rebuild.tensors[name] = gs.Variable(value, everything[name].dtype, everything[name].shape)
-    for name in outputs:
+    for name in (*needy, *kept):
         tensor = everything[name]
-        if name not in needy and name not in kept:
-            clamped[name] = name
-            continue
         if name in kept:
             source, out = rebuild.tensor(kept[name].inputs[0]), rebuild.tensor(tensor)
         elif name in made:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
-from zilc.passes.levels import Levels, sum_order
-from zilc.passes.training import TrainingGraph
 
 from zilc.graph import Dataflow
+from zilc.passes.levels import Levels, sum_order
+from zilc.passes.training import TrainingGraph
 from zilc.vjp.table import vjp
 
 

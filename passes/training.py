@@ -80,7 +80,7 @@ class TrainingGraph:
         self._model_inputs = [t.name for t in graph.inputs]
         self._wanted_inputs = list(inputs)
         self._tensors = onnx_io.tensors(graph)
-        self._finals: list[tuple[str, gs.Tensor]] = []
+        self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
         self._losses: list[gs.Tensor] = []
         self._release: list[gs.Variable] = []
@@ -173,16 +173,16 @@ class TrainingGraph:
             with op.place(f"{leaf}.gradient", vertex=leaf, level=level, role="update", step=max(level - 1, 0)):
                 gradient = op.zeros_like(tensor)
         if names.grad is not None:
-            self._finals.append((names.grad, gradient))
+            self._finals.append((names.grad, gradient, tensor))
         if names.next is None:
             return
         assert self.optimizer is not None
         assert self.lr is not None
         with op.place(f"{leaf}.optimizer", vertex=leaf, level=level, role="optimizer", step=max(level - 1, 0)):
             following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), self.lr, self.step)
-        self._finals.append((names.next, following))
+        self._finals.append((names.next, following, tensor))
         for entry in names.state:
-            self._finals.append((entry["next"], slots[entry["slot"]]))
+            self._finals.append((entry["next"], slots[entry["slot"]], self._slots[leaf][entry["slot"]]))
 
     def finish(self) -> gs.Graph:
         """Lay out the outputs: loss, the model's, next values and gradients."""
@@ -200,14 +200,17 @@ class TrainingGraph:
         # A terminal identity on a leaf is not an output anyone asked for.
         outputs += [t for t in extra if t.name in {entry["output"] for entry in self.targets}]
         named = [self._final(name, tensor) for name, tensor in finals]
-        rest = [self._final(name, tensor) for name, tensor in self._finals]
+        rest = [self._final(name, tensor, like) for name, tensor, like in self._finals]
         if self.step is not None and self.step_next is not None:
             rest.append(self._final(self.step_next, finals_step))
         self.graph.outputs = named + outputs + rest
         return self.graph
 
-    def _final(self, name: str, tensor: gs.Tensor) -> gs.Variable:
-        """Give a result the name of an output; a copy where it already is something else with a name of its own."""
+    def _final(self, name: str, tensor: gs.Tensor, like: gs.Tensor | None = None) -> gs.Variable:
+        """Give a result the name of an output; a copy where it already is something else with a name of its own.
+
+        It has the shape of ``like``, which inference cannot always tell where dimensions are symbolic.
+        """
         op = self.op
         own = (
             isinstance(tensor, gs.Variable)
@@ -224,6 +227,8 @@ class TrainingGraph:
             node.metadata = {"zilc.vertex": name, "zilc.role": "update"}
             self.graph.nodes.append(node)
         tensor.zilc_final = True
+        if like is not None and like.shape is not None:
+            tensor.shape = list(like.shape)
         if tensor.shape is None:
             op.dims(tensor)
         return tensor
@@ -238,6 +243,9 @@ def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
     from zilc.graph import INSERTED
 
     where = {id(node): v for v, node in enumerate(flow.vertices)}
+    delays: dict[int, list[str]] = {}
+    for edge in flow.edges:
+        delays.setdefault(edge.consumer, []).append(str(levels.gap(edge)))
     for node in graph.nodes:
         v = where.get(id(node))
         role = "identity" if getattr(node, INSERTED, False) else "forward"
@@ -247,6 +255,9 @@ def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
         node.metadata["zilc.role"] = role
         if v is not None:
             node.metadata["zilc.level"] = str(levels.vertices[v])
+            if any(n != "0" for n in delays.get(v, ())):
+                # How many identity vertices lie before each differentiable operand, where the graph is not levelled.
+                node.metadata["zilc.delays"] = ",".join(delays[v])
 
 
 def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: str) -> None:
@@ -278,9 +289,15 @@ def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> No
             table.ensure_outputs(op, node, rule)
 
 
-def emit_schedule(training: TrainingGraph, schedule: Schedule, levels: Levels) -> None:
-    """Carry out a schedule: each term becomes nodes, in the order of the steps."""
+def emit_schedule(training: TrainingGraph, schedule: Schedule) -> None:
+    """Carry out a schedule: each term becomes nodes, in the order of the steps.
+
+    The schedule's graph is levelled, the training graph's forward part is the model's own.  An identity vertex holds
+    the value of the tensor that it delays (mu = x = the forward value), and its operator passes an error on as it is:
+    both are names for what is there already, so no node stands for them.
+    """
     op, flow = training.op, schedule.flow
+    forward = {t.name: node for node in training.graph.nodes for t in node.outputs if t.name}
     errors: dict[tuple[str, int], gs.Tensor | None] = {}
 
     def error(tensor: str, t: int) -> gs.Tensor | None:
@@ -297,7 +314,8 @@ def emit_schedule(training: TrainingGraph, schedule: Schedule, levels: Levels) -
                 arriving = [error(out.name, t) for out in node.outputs]
                 if all(g is None for g in arriving):
                     return None
-                return table.vjp(op, node, edge.operand, arriving)
+                real = next((forward[out.name] for out in node.outputs if out.name in forward), None)
+                return arriving[0] if real is None else table.vjp(op, real, edge.operand, arriving)
             case Sum(terms):
                 total: gs.Tensor | None = None
                 for part in map(value, terms):
@@ -307,11 +325,12 @@ def emit_schedule(training: TrainingGraph, schedule: Schedule, levels: Levels) -
         raise TypeError(f"a wavefront schedule has no {type(term).__name__} left")
 
     for step in schedule.steps:
+        level = step.t + 1
         for leaf, term in step.gradients:
-            with op.place(f"{leaf}.gradient.t{step.t}", vertex=leaf, level=step.t + 1, role="update", step=step.t):
+            with op.place(f"{leaf}.gradient.t{step.t}", vertex=leaf, level=level, role="update", step=step.t):
                 gradient = value(term)
-            training.gradient(leaf, gradient, step.t + 1)
+            training.gradient(leaf, gradient, level)
         for tensor, term in step.errors:
             vertex = flow.names[flow.producer[tensor]]
-            with op.place(f"{tensor}.error.t{step.t + 1}", vertex=vertex, level=step.t + 1, role="error", step=step.t):
-                errors[tensor, step.t + 1] = value(term)
+            with op.place(f"{tensor}.error.t{level}", vertex=vertex, level=level, role="error", step=step.t):
+                errors[tensor, level] = value(term)

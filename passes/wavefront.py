@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from zilc.passes.dynamics import ZERO, Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum, Term
-
 from zilc.graph import Dataflow
+from zilc.passes.dynamics import ZERO, Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum, Term
 
 
 @dataclass

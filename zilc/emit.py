@@ -42,7 +42,6 @@ class Emitter:
         self.names = set(names) if names is not None else _names(graph)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
-        self._alias: dict[str, str] = {}
         self._prefix = "zilc"
         self._metadata: dict[str, str] = {}
 
@@ -67,10 +66,6 @@ class Emitter:
             yield
         finally:
             self._prefix, self._metadata = old
-
-    def alias(self, name: str, root: str) -> None:
-        """Say that two tensors hold the same value, so that work on either is done once."""
-        self._alias[name] = self._alias.get(root, root)
 
     # -- operators --
 
@@ -98,7 +93,7 @@ class Emitter:
         key = (
             op_type,
             domain,
-            tuple(self._alias.get(t.name, t.name) for t in inputs),
+            tuple(t.name for t in inputs),
             tuple(sorted((k, _freeze(v)) for k, v in attrs.items())),
             outputs,
         )
@@ -234,7 +229,7 @@ class Emitter:
     def _infer(self, x: gs.Variable) -> None:
         """Fill in dtype and shape of an emitted tensor from its producers, nearest first."""
         stack = [x]
-        seen: set[str] = set()
+        visited: set[str] = set()  # marked when left, not when found: a sibling may need it first
         while stack:
             tensor = stack[-1]
             node = tensor.inputs[0] if tensor.inputs else None
@@ -244,13 +239,13 @@ class Emitter:
             waiting = [
                 t
                 for t in node.inputs
-                if isinstance(t, gs.Variable) and t.name and t.shape is None and t.inputs and t.name not in seen
+                if isinstance(t, gs.Variable) and t.name and t.shape is None and t.inputs and t.name not in visited
             ]
             if waiting:
-                seen.update(t.name for t in waiting)
                 stack.extend(waiting)
                 continue
             stack.pop()
+            visited.add(tensor.name)
             for output, (dtype, shape) in zip(
                 node.outputs, onnx_io.infer_types(node, self.graph.opset), strict=True
             ):

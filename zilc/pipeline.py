@@ -89,7 +89,7 @@ def structure(
     """Load, prepare, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
-    prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties)
+    prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=_names(output))
     outputs = prepare.choose_outputs(prepared.graph, _names(output), source.name)
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
@@ -377,13 +377,9 @@ def emit_training(
     ensure_rules(found.flow, found.levels, leaves, found.where)
 
     state = _state(found, chosen, chosen_optimizer if outputs != "grad" else None)
-    if algorithm == "zil":
-        graph = insert_identities(found.graph, found.flow, found.levels, placement=identities)
-    else:
-        graph = _copy(found.graph)
+    graph = _copy(found.graph)
     flow = flow_of(graph, found.clamped)
-    levels = find_levels(flow)
-    annotate_forward(graph, flow, levels)
+    annotate_forward(graph, flow, found.levels)
     training = TrainingGraph(
         graph,
         parameters=chosen.parameters,
@@ -396,11 +392,12 @@ def emit_training(
         optimizer=chosen_optimizer,
     )
     make_extra_outputs(training.op, flow, leaves)
-    _alias_identities(training, graph)
     if algorithm == "zil":
-        emit_schedule(training, wavefront(Dynamics.of(flow, levels), leaves), levels)
+        levelled = insert_identities(found.graph, found.flow, found.levels, placement=identities)
+        delayed = flow_of(levelled, found.clamped)
+        emit_schedule(training, wavefront(Dynamics.of(delayed, find_levels(delayed)), leaves))
     else:
-        reverse_mode(training, flow, levels, leaves)
+        reverse_mode(training, flow, found.levels, leaves)
     graph = simplify(training.finish())
     made = _signature(training, found, chosen, algorithm, identities)
     renamed = {training_name: name for name, training_name in _state_names(training, chosen).items()}
@@ -431,13 +428,6 @@ def _copy(graph: gs.Graph) -> gs.Graph:
     for node in graph.nodes:
         rebuild.add(node)
     return rebuild.finish()
-
-
-def _alias_identities(training: TrainingGraph, graph: gs.Graph) -> None:
-    """Work on a delayed tensor is the same work as on the tensor itself."""
-    for node in graph.nodes:
-        if node.op == "Identity" and node.domain in (None, "", "ai.onnx"):
-            training.op.alias(node.outputs[0].name, node.inputs[0].name)
 
 
 def _own_domains(found: Structure) -> frozenset[str]:
