@@ -1,0 +1,125 @@
+"""The theorem on the paper's networks: emitted Z-IL = emitted BP bit for bit, and = PyTorch's autograd (ZIL.md, 8)."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import zilc
+from tests import twins
+from zilc import models
+from zilc.executors import executor
+
+#: Batch of each network; the convolutional ones run in ONNX's reference evaluator in float64.
+NETWORKS = {
+    "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4, "transformer": 2,
+    "alexnet": 1, "resnet18": 2,
+}  # fmt: skip
+LOSS = "cross-entropy"
+#: Half a unit in the last place of float32, relative.
+ULP = 2.0**-24
+
+
+@dataclass
+class Run:
+    """Gradients of one network by every road, by parameter."""
+
+    zil: dict[str, dict[str, np.ndarray]]
+    bp: dict[str, dict[str, np.ndarray]]
+    torch: dict[str, dict[str, np.ndarray]]
+    steps: dict[str, Any]
+    feeds: dict[str, np.ndarray]
+
+    @property
+    def largest(self) -> float:
+        return max(float(np.linalg.norm(g)) for g in self.torch["float64"].values())
+
+    def error(self, got: np.ndarray, name: str) -> float:
+        """|a - b| / max(|b|, 1e-6 of the largest gradient norm), against float64 PyTorch."""
+        truth = self.torch["float64"][name]
+        return float(np.linalg.norm(got.astype(np.float64) - truth)) / max(
+            float(np.linalg.norm(truth)), 1e-6 * self.largest
+        )
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request) -> Run:
+    name = request.param
+    run = Run({}, {}, {}, {}, {})
+    for dtype in ("float64", "float32"):
+        model = models.build(name, dtype=dtype)
+        if not run.feeds:
+            run.feeds = models.random_feeds(model, NETWORKS[name], np.random.default_rng(0), loss=LOSS)
+            # Both precisions see the same numbers.
+            run.feeds = {k: v.astype("f").astype("d") if v.dtype.kind == "f" else v for k, v in run.feeds.items()}
+        feeds = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in run.feeds.items()}
+        for algorithm, results in (("zil", run.zil), ("bp", run.bp)):
+            step = zilc.emit_training(model, loss=LOSS, outputs="grad", algorithm=algorithm)
+            run.steps[f"{algorithm}/{dtype}"] = step
+            state = {n: np.asarray(step.state[n]) for n in step.state}
+            got = executor(step.model)({**feeds, **state})
+            results[dtype] = {p["name"]: got[p["grad"]] for p in step.signature["parameters"]}
+        inputs = {k: v for k, v in feeds.items() if k != "target"}
+        run.torch[dtype] = twins.torch_gradients(name, model, inputs, feeds["target"], LOSS)
+    return run
+
+
+def test_every_parameter_is_trained(network):
+    assert set(network.zil["float64"]) == set(network.torch["float64"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_zil_equals_bp_bit_for_bit(network, dtype):
+    zil, bp = network.zil[dtype], network.bp[dtype]
+    assert [n for n in zil if zil[n].dtype != dtype or zil[n].tobytes() != bp[n].tobytes()] == []
+
+
+def test_float64_equals_autograd(network):
+    """At most 1e-12; a gradient that is zero but for rounding (the key bias of attention) is zero here too."""
+    largest = network.largest
+    for name, got in network.zil["float64"].items():
+        if np.linalg.norm(network.torch["float64"][name]) < 1e-13 * largest:
+            assert np.linalg.norm(got) < 1e-13 * largest, name
+        else:
+            assert network.error(got, name) <= 1e-12, name
+
+
+def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
+    """Against the float64 truth: over all parameters, and for each one with a floor of a few roundings."""
+    ours = {n: network.error(g, n) for n, g in network.zil["float32"].items()}
+    theirs = {n: network.error(network.torch["float32"][n], n) for n in ours}
+    assert max(ours.values()) <= 2 * max(theirs.values())
+    assert {n: (ours[n], theirs[n]) for n in ours if ours[n] > max(2 * theirs[n], 4 * ULP)} == {}
+
+
+def operators(model: onnx.ModelProto, path) -> dict[str, int]:
+    """How many of each operator onnxruntime runs after its own optimisation."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(collections.Counter(node.op_type for node in onnx.load(path).graph.node))
+
+
+def test_optimised_graphs_run_the_same_operators(network, tmp_path):
+    zil, bp = (network.steps[f"{a}/float32"].model for a in ("zil", "bp"))
+    assert operators(zil, tmp_path / "zil.onnx") == operators(bp, tmp_path / "bp.onnx")
+
+
+def test_what_is_emitted(network, capfd):
+    """Standard operators, nothing of the default domain missing in onnxruntime, and no warning from it."""
+    import onnxruntime
+
+    model = network.steps["zil/float32"].model
+    assert {n.domain for n in model.graph.node} == {""}
+    onnx.checker.check_model(model, full_check=True)
+    capfd.readouterr()
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
