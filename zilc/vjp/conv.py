@@ -427,8 +427,10 @@ def choose_weight(
     known = op.static(w) is not None and window.image is not None and window.map is not None
     if known and (window.rank == 3 or window.kernel == [1] * window.rank):
         return weight_by_columns, []
+    dims = op.dims(w)
+    depthwise = window.group > 1 and dims is not None and dims[1] == 1
     # ONNX Runtime's fast convolutions have at most three spatial axes.
-    return (weight_by_volume_conv if window.rank < 3 else weight_by_swapped_conv), []
+    return (weight_by_swapped_conv if depthwise or window.rank == 3 else weight_by_volume_conv), []
 
 
 # --- image cotangent --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
+from zilc.errors import ModelError
 from zilc.vjp.conv import (
     Window,
     _conv_window,
@@ -110,7 +111,8 @@ def max_by_taps(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, window: W
     back = _int64(op, reach)
     low = op.constant(np.asarray(-np.inf, op.dtype(x)))
     wide = op.Pad(x, op.Concat(begin, back, axis=0), low, window.spatial)
-    positions, strides = _spatial_shape(op, y), _int64(op, window.strides)
+    positions = _int64(op, window.map) if window.map is not None else op.Shape(y, start=2)
+    strides = _int64(op, window.strides)
     span = op.Add(op.Mul(op.Sub(positions, _int64(op, [1])), strides), _int64(op, [1]))
     free: gs.Tensor | None = None
     total: gs.Tensor | None = None
@@ -121,7 +123,7 @@ def max_by_taps(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, window: W
         first = hit if free is None else op.And(hit, free)
         free = op.Not(hit) if free is None else op.And(free, op.Not(hit))
         share = op.Where(first, g, op.scalar_like(0, g))
-        spread = _spread(op, share, replace(window, map=_sizes(op, g)))
+        spread = _spread(op, share, window)
         after = [r - 1 - a + s for r, a, s in zip(reach, start, window.strides, strict=True)]
         placed = _pad(op, spread, start, after, window.spatial)
         total = placed if total is None else op.Add(total, placed)
@@ -214,7 +216,7 @@ def _counts(op: Emitter, x: gs.Tensor, y: gs.Tensor, window: Window, end: Any, i
         here = op.constant(np.asarray(axis, np.int64))
         pad = op.Gather(a, here)
         size = op.Gather(_spatial_shape(op, x), here)
-        p = op.Range(zero, op.Gather(_spatial_shape(op, y), here), one)
+        p = op.Range(zero, op.Gather(op.Shape(y, start=2), here), one)
         start = op.Sub(op.Mul(p, op.constant(np.asarray(window.strides[axis], np.int64))), pad)
         taps = np.arange(kernel[axis], dtype=np.int64) * window.dilations[axis]
         at = op.Add(op.Unsqueeze(start, [1]), op.constant(taps))  # [P, K]
@@ -228,9 +230,24 @@ def _counts(op: Emitter, x: gs.Tensor, y: gs.Tensor, window: Window, end: Any, i
     return total
 
 
+def _sum_window(op: Emitter, x: gs.Tensor, y: gs.Tensor, **attrs: Any) -> Window:
+    """The window of a pool whose cotangent needs the output's sizes."""
+    window = _window(op, x, y, **attrs)
+    inferred = _sizes(op, y)
+    if window.map is not None and inferred not in (None, window.map):
+        # A last position that starts in the end pad is dropped by executors, and counted by ONNX's shape
+        # inference before opset 22; a graph that holds both shapes cannot be loaded.
+        raise ModelError(
+            f"a pool with ceil_mode has output sizes {window.map}, but {inferred} by the shape inference of its opset",
+            where=y.name,
+            hint="Convert the model to opset 22 (--opset 22), or make its sizes symbolic.",
+        )
+    return window
+
+
 def _average_pool(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, **attrs: Any) -> gs.Tensor:
     """Y[p] = sum over the window / count[p]."""
-    window = _window(op, x, y, **attrs)
+    window = _sum_window(op, x, y, **attrs)
     end = _window(op, x, y, **{**attrs, "ceil_mode": 0}).end  # the end pads that count
     assert window.kernel is not None
     full = int(np.prod(window.kernel))
@@ -261,7 +278,7 @@ def _lp_slope(op: Emitter, x: gs.Tensor, p: int) -> gs.Tensor:
 
 def _lp_pool(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, *, p: int, **attrs: Any) -> gs.Tensor:
     """Y = (sum |x|^p)^(1/p):  dX = sign(x) |x|^(p-1) sum over windows of g Y^(1-p)."""
-    return op.Mul(_lp_slope(op, x, p), spread(op, _lp_share(op, g, y, p), x, _window(op, x, y, **attrs)))
+    return op.Mul(_lp_slope(op, x, p), spread(op, _lp_share(op, g, y, p), x, _sum_window(op, x, y, **attrs)))
 
 
 # --- global pools -----------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The paper's networks as people write them in PyTorch, for tools/bench_workers.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def build(name: str) -> nn.Module:
+    """The PyTorch network of the same sizes as ``zilc.models.build(name)``."""
+    if name.startswith("mlp"):
+        depth = int(name[3:])
+        widths = [784, *[128] * (depth - 1), 10]
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers.append(nn.Linear(widths[i], widths[i + 1]))
+            if i < depth - 1:
+                layers.append(nn.Tanh())
+        return nn.Sequential(*layers)
+    return {"alexnet": _alexnet, "resnet18": _ResNet18, "rnn": _Rnn, "transformer": _Transformer}[name]()
+
+
+def _alexnet() -> nn.Module:
+    relu = lambda: nn.ReLU(inplace=True)  # noqa: E731
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), relu(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), relu(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), relu(),
+        nn.Conv2d(384, 256, 3, padding=1), relu(),
+        nn.Conv2d(256, 256, 3, padding=1), relu(), nn.MaxPool2d(3, 2),
+        nn.Flatten(), nn.Linear(9216, 4096), relu(), nn.Linear(4096, 4096), relu(), nn.Linear(4096, 1000),
+    )  # fmt: skip
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.down = (
+            nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            if stride != 1 or width != out
+            else nn.Identity()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(h)) + self.down(x))
+
+
+class _ResNet18(nn.Module):
+    """BatchNormalization in inference form, as in the exported model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        )
+        plan = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2),
+                (512, 512, 1)]  # fmt: skip
+        self.blocks = nn.Sequential(*[_Block(*entry) for entry in plan])
+        self.fc = nn.Linear(512, 1000)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class _Rnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(128, 128, batch_first=True)
+        self.out = nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+class _Transformer(nn.Module):
+    def __init__(self, vocabulary: int = 28782, d: int = 512, length: int = 35) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, d)
+        self.layer = nn.TransformerEncoderLayer(d, 8, 2048, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(d, vocabulary)
+        place = torch.arange(length)[:, None]
+        rate = torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
+        table = torch.zeros(length, d)
+        table[:, 0::2], table[:, 1::2] = torch.sin(place * rate), torch.cos(place * rate)
+        self.register_buffer("positions", table)
+        self.register_buffer("mask", torch.triu(torch.full((length, length), float("-inf")), 1))
+        self.scale = math.sqrt(d)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.embed(ids) * self.scale + self.positions, src_mask=self.mask, is_causal=True))
