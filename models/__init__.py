@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 
 from zilc.errors import OptionError
-from zilc.models import alexnet, digits, mlp, residual, resnet18, rnn, transformer
+from zilc.models import alexnet, digits, mlp, residual, resnet18, rnn, skip, transformer
 
 _BUILDERS: dict[str, Callable[..., onnx.ModelProto]] = {
+    "skip": skip.build,
     "mlp2": partial(mlp.build, layers=2),
     "mlp3": partial(mlp.build, layers=3),
     "mlp4": partial(mlp.build, layers=4),

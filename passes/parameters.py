@@ -175,8 +175,8 @@ def _mask(tensor: gs.Constant, weighty: list[tuple[gs.Node, int]]) -> str:
     if held.nbytes >= READ_LIMIT:
         return ""
     values = onnx_io.values(tensor)
-    if values.dtype.name == "bfloat16":
-        values = values.astype(np.float32)
+    if values.dtype.itemsize < 4:
+        values = values.astype(np.float32)  # 1e30 does not fit into half precision
     if isinstance(held, onnx_io.FilledValues):
         values = values.reshape(-1)[:1]
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""A model in float64: the same graph with every float32 made double, for exact comparisons."""
+"""A model in float64: the same graph with every narrower float made double, for exact comparisons."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import onnx.numpy_helper
 
 from zilc import onnx_io
 
-_SINGLE, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+_DOUBLE = onnx.TensorProto.DOUBLE
+_NARROWER = frozenset((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16))
 
 
 def to_float64(model: onnx.ModelProto, base_dir: str = "") -> onnx.ModelProto:
-    """A copy of ``model`` whose float32 tensors, constants, casts and interfaces are float64.
+    """A copy of ``model`` whose float32, float16 and bfloat16 tensors, constants, casts and interfaces are float64.
 
     Requires: local functions are inlined.  External data is read and embedded.
     """
@@ -35,7 +36,7 @@ def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:
                 _convert_tensor(attribute.t, base_dir)
             elif attribute.type == onnx.AttributeProto.GRAPH:
                 _convert_graph(attribute.g, base_dir)
-            elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i == _SINGLE:
+            elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _NARROWER:
                 attribute.i = _DOUBLE
         _convert_implicit(node)
 
@@ -59,7 +60,7 @@ def _convert_implicit(node: onnx.NodeProto) -> None:
 
 
 def _convert_tensor(tensor: onnx.TensorProto, base_dir: str) -> None:
-    if tensor.data_type != _SINGLE:
+    if tensor.data_type not in _NARROWER:
         return
     name = tensor.name
     array = np.asarray(onnx_io.read_tensor(tensor, base_dir), np.float64)
@@ -67,7 +68,7 @@ def _convert_tensor(tensor: onnx.TensorProto, base_dir: str) -> None:
 
 
 def _convert_type(kind: onnx.TypeProto) -> None:
-    if kind.HasField("tensor_type") and kind.tensor_type.elem_type == _SINGLE:
+    if kind.HasField("tensor_type") and kind.tensor_type.elem_type in _NARROWER:
         kind.tensor_type.elem_type = _DOUBLE
     elif kind.HasField("sequence_type"):
         _convert_type(kind.sequence_type.elem_type)

@@ -17,8 +17,8 @@ from zilc.executors import executor
 
 #: Batch of each network; the convolutional ones run in ONNX's reference evaluator in float64.
 NETWORKS = {
-    "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4, "transformer": 2,
-    "alexnet": 1, "resnet18": 2,
+    "skip": 20, "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4,
+    "transformer": 2, "alexnet": 1, "resnet18": 2,
 }  # fmt: skip
 LOSS = "cross-entropy"
 #: Half a unit in the last place of float32, relative.
@@ -93,7 +93,7 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
     """Against the float64 truth: over all parameters, and for each one with a floor of a few roundings."""
     ours = {n: network.error(g, n) for n, g in network.zil["float32"].items()}
     theirs = {n: network.error(network.torch["float32"][n], n) for n in ours}
-    assert max(ours.values()) <= 2 * max(theirs.values())
+    assert max(ours.values()) <= max(2 * max(theirs.values()), 4 * ULP)
     assert {n: (ours[n], theirs[n]) for n in ours if ours[n] > max(2 * theirs[n], 4 * ULP)} == {}
 
 

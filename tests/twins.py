@@ -134,6 +134,11 @@ def _mlp(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
     return _linear(p, f"layer{made['layers']}", h)
 
 
+def _skip(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
+    x = inputs["input"]
+    return _linear(p, "layer2", torch.tanh(_linear(p, "layer1", x)) + x)
+
+
 def _residual(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
     h = inputs["input"]
     for index in range(1, made["layers"]):
@@ -239,6 +244,7 @@ def _digits(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
 
 
 _TWINS: dict[str, Callable[[Params, Inputs, Mapping[str, Any]], torch.Tensor]] = {
+    "skip": _skip,
     "mlp2": _mlp,
     "mlp3": _mlp,
     "mlp4": _mlp,

@@ -103,6 +103,30 @@ class Emitter:
             self._made[key] = made
         return made[0] if outputs == 1 else made
 
+    def Pad(
+        self, x: gs.Tensor, pads: Operand, value: Operand = None, axes: Operand = None, **attrs: Any
+    ) -> gs.Variable:
+        """``Pad`` with an amount for every axis, wherever the rank is known.
+
+        onnxruntime's transpose optimizer (as of 1.31) moves a Transpose past a Pad as if ``axes`` were absent.
+        """
+        rank = self.rank(x)
+        where = self.value(axes) if isinstance(axes, gs.Tensor) else axes
+        if rank is None or where is None:
+            return self.emit("Pad", x, pads, value, axes, **attrs)
+        order = [int(a) % rank for a in where]
+        count = len(order)
+        # Which entry of pads, zero appended, belongs to each axis: first what goes before, then what goes after.
+        before = [order.index(axis) if axis in order else 2 * count for axis in range(rank)]
+        entries = [*before, *(k if k == 2 * count else k + count for k in before)]
+        amounts = self.value(pads) if isinstance(pads, gs.Tensor) else pads
+        if amounts is None:
+            zero = self.constant(np.asarray([0], np.int64))
+            full: Operand = self.Gather(self.Concat(pads, zero, axis=0), self.constant(np.asarray(entries, np.int64)))
+        else:
+            full = [[*map(int, amounts), 0][k] for k in entries]
+        return self.emit("Pad", x, full, value, **attrs)
+
     def _append(
         self, op_type: str, domain: str | None, inputs: list[gs.Tensor], attrs: dict[str, Any], outputs: int
     ) -> tuple[gs.Variable, ...]:

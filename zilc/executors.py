@@ -8,7 +8,7 @@ operators that it computes wrongly are mended (:mod:`zilc.reference`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_average_pool import AveragePool_19 as SlowAveragePool
+from onnx.reference.ops.op_conv import Conv as SlowConv
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as SlowConvTranspose
 from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
 
@@ -143,6 +144,56 @@ def _windows(size: Sequence[int], kernel: Sequence[int], strides: Any, pads: Any
     return [(pads[i], pads[spatial + i]) for i in range(spatial)], out, taps
 
 
+#: Bytes that one block of unrolled windows may take.
+_BLOCK = 1 << 24
+
+
+def _blocks(column: int, places: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Cuts (samples, rows, ...) of places so that the columns of a cut, ``column`` bytes each, fit in a block."""
+    samples, height = places[0], places[1]
+    row = max(column * int(np.prod(places[2:])), 1)
+    many = max(_BLOCK // (row * max(height, 1)), 1)
+    high = max(min(_BLOCK // row, height), 1)
+    for n in range(0, samples, many):
+        for r in range(0, height, height if many > 1 else high):
+            yield slice(n, n + many), slice(r, r + (height if many > 1 else high)), *[slice(None)] * (len(places) - 2)
+
+
+class Conv(SlowConv):
+    """Conv with explicit padding as products with unrolled windows, a block of them at a time."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None,
+    ):  # fmt: skip
+        if not _explicit(auto_pad, 0) or X.ndim < 3:
+            return SlowConv._run(
+                self, X, W, B, auto_pad=auto_pad, dilations=dilations, group=group, kernel_shape=kernel_shape,
+                pads=pads, strides=strides,
+            )  # fmt: skip
+        group, kernel, spatial = group or 1, W.shape[2:], X.ndim - 2
+        widths, out, _ = _windows(X.shape[2:], kernel, strides, pads, dilations)
+        x = np.pad(X, [(0, 0), (0, 0), *widths])
+        x = np.moveaxis(x.reshape(X.shape[0], group, X.shape[1] // group, *x.shape[2:]), 0, 2)  # (G, C, N, size)
+        steps = x.strides[3:]
+        taps = [n * d for n, d in zip(steps, dilations or [1] * spatial, strict=True)]
+        places = [n * s for n, s in zip(steps, strides or [1] * spatial, strict=True)]
+        # (G, C, taps, N, places): what each place reads, without a copy
+        reads = np.lib.stride_tricks.as_strided(
+            x, (*x.shape[:2], *kernel, x.shape[2], *out), (*x.strides[:2], *taps, x.strides[2], *places), writeable=False
+        )
+        rows = W.reshape(group, W.shape[0] // group, -1)
+        y = np.empty((group, rows.shape[1], X.shape[0], *out), X.dtype)
+        for g in range(group):
+            for block in _blocks(rows.shape[2] * X.itemsize, (X.shape[0], *out)):
+                part = reads[(g, ..., *block)]
+                made = rows[g] @ part.reshape(rows.shape[2], -1)
+                y[(g, slice(None), *block)] = made.reshape(-1, *part.shape[1 + spatial :])
+        y = np.moveaxis(y, 2, 0).reshape(X.shape[0], W.shape[0], *out)
+        return (y if B is None else y + B.reshape(1, -1, *[1] * spatial),)
+
+
 class AveragePool(SlowAveragePool):
     """AveragePool with explicit padding as a sum of shifted slices."""
 
@@ -196,4 +247,4 @@ class MaxPool(SlowMaxPool):
         return (best,) if len(self.onnx_node.output) == 1 else (best, index)
 
 
-_FASTER: list[type[OpRun]] = [ConvTranspose, AveragePool, MaxPool]
+_FASTER: list[type[OpRun]] = [Conv, ConvTranspose, AveragePool, MaxPool]

@@ -24,7 +24,7 @@ import onnx.numpy_helper
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from zilc.errors import FileError, ModelError
@@ -295,8 +295,16 @@ def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
 
 def values(tensor: gs.Constant) -> np.ndarray:
     """A constant's array, without making the constant keep it."""
-    held = tensor._values
-    return held.load() if isinstance(held, LazyValues) else held
+    return load_values(tensor._values)
+
+
+def load_values(held: np.ndarray | LazyValues) -> np.ndarray:
+    """The array behind a constant's values, in the dtype of the file (GraphSurgeon would widen bfloat16)."""
+    if not isinstance(held, LazyValues):
+        return held
+    if isinstance(held, (FilledValues, SparseValues)):
+        return held.load()
+    return read_tensor(held.tensor, getattr(held, "base_dir", ""))
 
 
 # --- IR -> protobuf -------------------------------------------------------------------------------------------
@@ -499,33 +507,36 @@ def save(proto: onnx.ModelProto, path: str | os.PathLike[str], *, base_dir: str 
         copy.CopyFrom(proto)
         proto = copy
         if external or total > EMBED_LIMIT:
-            _gather_external(proto, Path(path), base_dir)
-        else:
-            for tensor in external_tensors(proto):
-                name = tensor.name
-                tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(read_tensor(tensor, base_dir)), name))
+            return _save_external(proto, Path(path), base_dir)
+        for tensor in external_tensors(proto):
+            name = tensor.name
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(read_tensor(tensor, base_dir)), name))
     data = serialize(proto)
     write_bytes(path, data)
     return data
 
 
-def _gather_external(proto: onnx.ModelProto, path: Path, base_dir: str) -> None:
-    """Move every initializer of 1 KiB or more to ``path``.data, and point the model at it."""
+def _save_external(proto: onnx.ModelProto, path: Path, base_dir: str) -> bytes:
+    """Write ``path``, with every initializer of 1 KiB or more in ``path``.data; both are on disk before a rename."""
     location = path.name + ".data"
     with atomic_write(path.with_name(location)) as handle:
         for tensor in proto.graph.initializer:
             array = np.ascontiguousarray(read_tensor(tensor, base_dir))
             if array.nbytes < 1024:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(array.reshape(tuple(tensor.dims)), tensor.name))
                 continue
             handle.write(b"\0" * (-handle.tell() % 64))
             offset = handle.tell()
             handle.write(array.tobytes())
-            name, dims, kind = tensor.name, list(tensor.dims), tensor.data_type
-            tensor.Clear()
-            tensor.name, tensor.data_type = name, kind
-            tensor.dims.extend(dims)
+            for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+                tensor.ClearField(field)
+            del tensor.external_data[:]
             tensor.data_location = onnx.TensorProto.EXTERNAL
             for key, value in (("location", location), ("offset", str(offset)), ("length", str(array.nbytes))):
                 tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+        handle.flush()
+        os.fsync(handle.fileno())
+        data = serialize(proto)
+        write_bytes(path, data)
+    return data

@@ -495,7 +495,7 @@ def _state(
 
 
 def _loader(held: Any) -> Callable[[], np.ndarray]:
-    return lambda: held.load() if hasattr(held, "load") else held
+    return lambda: onnx_io.load_values(held)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:

@@ -20,6 +20,7 @@ from zilc.testing import run
 
 #: Sizes that a test can afford; every network has at least one entry.
 SMALL: list[tuple[str, dict[str, Any]]] = [
+    ("skip", {"width": 5, "classes": 3}),
     ("mlp2", {"inputs": 12, "hidden": 7, "classes": 4}),
     ("mlp3", {"inputs": 12, "hidden": 7, "classes": 4}),
     ("mlp4", {"inputs": 12, "hidden": 7, "classes": 4}),
@@ -40,6 +41,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
 ]
 #: Full sizes: parameters (running statistics included) and the output's shape.
 FULL = {
+    "skip": (35, ["N", 3]),
     "mlp2": (101_770, ["N", 10]),
     "mlp3": (118_282, ["N", 10]),
     "mlp4": (134_794, ["N", 10]),
@@ -323,7 +325,7 @@ def test_random_targets_suit_the_loss(loss: str) -> None:
         (
             "vgg",
             {},
-            "zilc.models.build: no network 'vgg', expected one of: mlp2, mlp3, mlp4, residual, alexnet, "
+            "zilc.models.build: no network 'vgg', expected one of: skip, mlp2, mlp3, mlp4, residual, alexnet, "
             "resnet18, rnn, transformer, digits",
         ),
         ("mlp2", {"dtype": "float16"}, "mlp2: dtype is 'float16', expected 'float32' or 'float64'"),

@@ -13,7 +13,7 @@ no_gradient(
     # random numbers depend on no operand's value
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
     # integers and strings
-    "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
+    "QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
     "NonMaxSuppression", "Unique", "TfIdfVectorizer", "StringNormalizer", "StringConcat", "StringSplit",
-    "RegexFullMatch", "SequenceLength", "BitCast",
+    "RegexFullMatch", "SequenceLength", "BitCast", "MelWeightMatrix", "ImageDecoder", "OptionalHasElement",
 )  # fmt: skip

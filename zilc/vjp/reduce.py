@@ -266,7 +266,7 @@ def _cross_entropy_scores(
         share = _spread(op, g[0], c, labels, reduction)
         across = op.Unsqueeze(share, [1]) if c is not None or reduction == "none" else share
         result = op.Mul(_put(op, p, labels, op.Sub(_taken(op, p, labels), 1.0)), across)
-    if g[1] is not None:
+    if len(g) > 1 and g[1] is not None:
         second = op.Sub(g[1], op.Mul(p, op.ReduceSum(g[1], [1], keepdims=1)))
         result = second if result is None else op.Add(result, second)
     return result

@@ -1,0 +1,342 @@
+"""The commands: each parses, calls one library function, and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zilc import options as shared
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A sign of life on stderr while something takes its time; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Bar]:
+    """A bar on stderr; silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    # stdout belongs to results: it may be a file while stderr is a terminal.
+    with Progress(
+        *columns, console=Console(stderr=True, highlight=False), transient=True, redirect_stdout=False
+    ) as bar:
+        yield Bar(bar, what)
+
+
+class Bar:
+    """A progress bar, or nothing."""
+
+    def __init__(self, bar: Any = None, what: str = "") -> None:
+        self._bar = bar
+        self._task = bar.add_task(what, total=None) if bar else None
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total``."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def line(self, text: str) -> None:
+        """A line of results, above the bar where both share a terminal."""
+        if self._bar and sys.stdout.isatty():
+            self._bar.console.print(text, markup=False)
+        else:
+            click.echo(text)
+
+    def log(self, text: str) -> None:
+        """A line of the log."""
+        if self._bar:
+            self._bar.console.print(text, markup=False)
+        else:
+            click.echo(text, err=True)
+
+
+class Commands(click.Group):
+    """Commands in the order in which they are used, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"zilc {version('zilc')}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+              help="Print the version.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def zilc(debug: bool) -> None:
+    """Compile an ONNX model into one exact predictive-coding (Z-IL) training step in standard ONNX operators.
+
+    Results go to stdout, progress and errors to stderr.
+
+    \b
+    Example:
+        zilc levelize model.onnx
+        zilc emit-training model.onnx --loss cross-entropy --optimizer adam
+    """  # fmt: skip
+
+
+# --- levelize -------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@shared.model
+@click.option("-o", "--out", type=click.Path(), metavar="OUT.onnx", help="Write the levelled model here.")
+@click.option("--identities", type=click.Choice(["edge", "shared", "none"]), default="shared", show_default=True,
+              help="One chain of identity vertices an edge, one a tensor, or only report.")
+@shared.selection
+@shared.as_json
+def levelize(model: str, out: str | None, identities: str, as_json: bool, **given: Any) -> None:
+    """Show a model's level structure; write it levelled.
+
+    With -o the model is written with identity vertices on every edge that skips levels; levelizing twice changes
+    nothing.  Prints K, the vertices and identities on each level, what the identities cost by edge and shared, the
+    longest skips, and each parameter's level and update step.
+
+    \b
+    Example:
+        zilc levelize model.onnx -o model.levelled.onnx
+        zilc levelize model.onnx --json | jq .levels
+    """
+    if out and identities == "none":
+        raise click.UsageError("--identities none only reports; leave out -o, or choose edge or shared.")
+    from zilc import onnx_io, pipeline
+
+    with working("levels"):
+        made = pipeline.levelize(model, identities=identities, **shared.selection_of(given))  # type: ignore[arg-type]
+        if out:
+            onnx_io.save(made.model, out, base_dir=str(Path(model).parent))
+    from zilc import show
+
+    if as_json:
+        click.echo(show.document({**made.report, "written": out}))
+    else:
+        show.levels(show.Page(), made.report, out)
+
+
+# --- emit-training --------------------------------------------------------------------------------------------
+
+
+@zilc.command("emit-training")
+@shared.model
+@click.option("-o", "--out", type=click.Path(), metavar="STEP.onnx",
+              help="The training graph. Default: MODEL.step.onnx beside the model.")
+@click.option("--state", type=click.Path(), metavar="STATE.safetensors|none",
+              help="Initial parameters and optimizer slots. Default: STEP.safetensors beside the graph; none: no file.")
+@shared.selection
+@shared.training
+@shared.as_json
+def emit_training(model: str, out: str | None, state: str | None, as_json: bool, **given: Any) -> None:
+    """Emit a graph that computes one training update.
+
+    It holds standard ONNX operators alone.  One run is one update: feed each PARAM.next back as PARAM.  The graph's
+    interface is written in its metadata (zilc.signature).  Prints what is trained, what is left out and
+    why, and the graph's inputs and outputs.
+
+    \b
+    Example:
+        zilc emit-training model.onnx --loss cross-entropy --optimizer adam -o model.step.onnx
+        zilc emit-training model.onnx --outputs grad --wrt 'head.*' --state none
+    """
+    from zilc import pipeline
+    from zilc.checkpoint import state_path
+    from zilc.errors import FileError
+    from zilc.files import save_step
+
+    source = Path(model)
+    graph_path = Path(out) if out else source.parent / f"{source.name.removesuffix('.onnx')}.step.onnx"
+    if graph_path.is_dir():
+        raise FileError("is a folder, expected a file name", where=str(graph_path))
+    beside = None if state == "none" else Path(state) if state else state_path(graph_path)
+    with working("training graph"):
+        step = pipeline.emit_training(model, **shared.selection_of(given), **shared.training_of(given))
+        save_step(step, graph_path, beside)
+    from zilc import show
+
+    data = {
+        "report": step.report,
+        "signature": step.signature,
+        "graph": show.graph_data(step.model),
+        "written": {"graph": str(graph_path), "state": str(beside) if beside else None},
+    }
+    if as_json:
+        click.echo(show.document(data))
+    else:
+        show.training(show.Page(), data)
+
+
+# --- verify ---------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@shared.model
+@shared.selection
+@shared.training
+@click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
+              help="Precision of the training graphs; differences are always taken in float64.")
+@click.option("--inputs", type=click.Path(), metavar="FEEDS.npz",
+              help="Arrays by input name, targets among them if you like. Default: random ones.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of feeds and directions.")
+@shared.as_json
+@click.pass_context
+def verify(
+    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, as_json: bool, **given: Any
+) -> None:
+    """Compare Z-IL with reverse mode and with differences.
+
+    Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
+    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails.
+
+    \b
+    Example:
+        zilc verify model.onnx --loss cross-entropy --precision float64
+        zilc verify model.onnx --inputs batch.npz --json
+    """
+    from zilc import optimizers, verification
+
+    training = shared.training_of(given)
+    optimizers.make(training["optimizer"], training["options"])  # plays no part in gradients, but must make sense
+    wanted = {key: training[key] for key in ("loss", "class_axis", "identities")}
+    with progress("differences") as bar:
+        found = verification.verify(
+            model, precision=precision, inputs=inputs, seed=seed, progress=bar,  # type: ignore[arg-type]
+            **shared.selection_of(given), **wanted,
+        )  # fmt: skip
+    from zilc import show
+
+    if as_json:
+        click.echo(show.document(found.data))
+    else:
+        show.verification(show.Page(), found.data)
+    if not found.passed:
+        ctx.exit(1)
+
+
+# --- train ----------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@shared.model
+@click.option("--data", type=click.Path(), required=True, metavar="TRAIN.npz",
+              help="Examples along axis 0: arrays named like the model's inputs, and 'target'.")
+@click.option("--val", type=click.Path(), metavar="VAL.npz", help="Held-out examples, looked at after each epoch.")
+@shared.selection
+@shared.training
+@click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
+@click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
+@click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where onnxruntime runs; auto takes CUDA where it works.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the order of examples.")
+@click.option("-o", "--out", type=click.Path(), required=True, metavar="TRAINED.onnx",
+              help="The model with its trained weights.")
+@shared.as_json
+def train(model: str, data: str, val: str | None, out: str, as_json: bool, **given: Any) -> None:
+    """Train a model on an .npz file of examples.
+
+    Writes the model with its new weights; everything else in the model stays as it was.  Prints a line an epoch: the
+    mean loss, the accuracy where the loss has one, and the same of held-out data.
+
+    \b
+    Example:
+        zilc train model.onnx --data train.npz --val val.npz --loss cross-entropy \\
+            --optimizer adam --lr 0.001 --epochs 10 --batch-size 32 -o trained.onnx
+    """
+    if given["outputs"] == "grad":
+        raise click.UsageError("--outputs grad gives no updates to train with; leave it out.")
+    from zilc import show
+    from zilc import train as trainer
+
+    options = {**shared.selection_of(given), **shared.training_of(given)}
+    epochs = given["epochs"]
+    with progress("updates") as bar:
+
+        def start(_trainer: Any, device: str, notes: list[str]) -> None:
+            for note in [device, *notes]:
+                bar.log(note)
+
+        made = trainer.train(
+            model, data, out=out, val=val, **given, **options, on_start=start,
+            on_batch=lambda p: bar((p.epoch - 1) * p.batches + p.batch, p.epochs * p.batches),
+            on_epoch=None if as_json else lambda entry: bar.line(show.epoch(entry, epochs)),
+        )  # fmt: skip
+    if as_json:
+        facts = {"model": model, "written": str(made.path), "device": made.device, "providers": made.providers}
+        click.echo(show.document({**facts, "history": made.history, "notes": made.notes}))
+    else:
+        show.trained(show.Page(), made.history, str(made.path))
+
+
+# --- ops ------------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@shared.as_json
+def ops(as_json: bool) -> None:
+    """List the operators and how a gradient passes each.
+
+    \b
+    Example:
+        zilc ops
+        zilc ops | grep missing
+    """
+    from zilc import coverage, show
+
+    data = coverage.operators()
+    if as_json:
+        click.echo(show.document(data))
+    else:
+        show.operators(show.Page(), data)
+
+
+# --- demo -----------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of initial parameters, order and shifts.")
+@click.option("-o", "--out", type=click.Path(), default="demo", show_default=True, metavar="FOLDER",
+              help="Where the files go.")
+@shared.as_json
+def demo(seed: int, out: str, as_json: bool) -> None:
+    """Train a small network on handwritten digits with Z-IL.
+
+    Builds a convolutional network with skips, shows its levels, emits the training graph, compares its gradients
+    with reverse mode, trains it in onnxruntime for some seconds, and writes every model on the way.
+
+    \b
+    Example:
+        zilc demo
+        zilc demo --seed 1 -o /tmp/digits
+    """
+    from zilc import demo as digits
+    from zilc import show
+
+    with progress("updates") as bar:
+        found = digits.run(out, seed=seed, say=(lambda _: None) if as_json else bar.line, advance=bar)
+    if as_json:
+        click.echo(show.document(found))

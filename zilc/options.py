@@ -1,0 +1,115 @@
+"""Command-line options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Spelt out here, so that help needs none of the modules that define them.
+LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+
+
+class Pair(click.ParamType):
+    """``KEY=VALUE``; gives the pair."""
+
+    name = "pair"
+
+    def __init__(self, left: str, right: str, kind: Callable[[str], Any] = str) -> None:
+        self.metavar, self.kind = f"{left}={right}", kind
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return self.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value  # click converts defaults a second time
+        key, equals, text = value.rpartition("=") if self.kind is int else value.partition("=")
+        if not key or not equals or not text:
+            self.fail(f"'{value}' is not of the form {self.metavar}.", param, ctx)
+        try:
+            return key, self.kind(text)
+        except ValueError:
+            self.fail(f"'{value}': '{text}' is not a whole number.", param, ctx)
+
+
+class LossType(click.ParamType):
+    """``LOSS`` or ``NAME=LOSS``, kept as written."""
+
+    name = "loss"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[NAME=]{'|'.join(LOSSES)}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind = value.rpartition("=")[2]
+        if kind not in LOSSES:
+            self.fail(f"no loss '{kind}'; choose one of {', '.join(LOSSES)}.", param, ctx)
+        return value
+
+
+def _apply(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+#: Which outputs and leaves: gives ``output``, ``wrt``, ``freeze``, ``tie``, ``dims`` and ``opset``.
+selection = _apply(
+    [
+        click.option("--output", multiple=True, metavar="NAME",
+                     help="A trained output, or an interior tensor; may be repeated. Default: the only floating one."),
+        click.option("--wrt", multiple=True, metavar="GLOB",
+                     help="Train these parameters instead of the default set; an input needs its exact name."),
+        click.option("--freeze", multiple=True, metavar="GLOB", help="Leave these parameters out."),
+        click.option("--tie", multiple=True, type=Pair("A", "B"),
+                     help="Make initializer B one leaf with A (equal, or its transpose)."),
+        click.option("--dim", "dims", multiple=True, type=Pair("NAME", "N", int), help="Fix a symbolic dimension."),
+        click.option("--opset", type=int, metavar="N",
+                     help="Opset of the result. Default: the model's, within 18 to 26."),
+    ]
+)  # fmt: skip
+
+#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm`` and
+#: ``identities``.
+training = _apply(
+    [
+        click.option("--loss", multiple=True, type=LossType(),
+                     help="What clamps an output. Default: energy, half the sum of squares."),
+        click.option("--class-axis", type=int, default=-1, show_default=True, metavar="A",
+                     help="Axis of the classes, for cross-entropy."),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="sgd", show_default=True,
+                     help="The update, with torch.optim's options and defaults."),
+        click.option("--opt", multiple=True, type=Pair("KEY", "VALUE"),
+                     help="An option of the optimizer, such as weight_decay=0.01 or betas=0.9,0.99."),
+        click.option("--outputs", type=click.Choice(["next", "grad", "both"]), default="next", show_default=True,
+                     help="Updated parameters, gradients, or both."),
+        click.option("--algorithm", type=click.Choice(["zil", "bp"]), default="zil", show_default=True,
+                     help="Z-IL, or plain reverse mode."),
+        click.option("--identities", type=click.Choice(["edge", "shared"]), default="shared", show_default=True,
+                     help="One chain of identity vertices an edge, or one a tensor."),
+    ]
+)  # fmt: skip
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
+
+model = click.argument("model", metavar="MODEL.onnx", type=click.Path())
+
+
+def selection_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the library from the values of :data:`selection`; they are taken out of ``given``."""
+    names = {key: list(given.pop(key)) or None for key in ("output", "wrt", "freeze")}
+    return {**names, "tie": list(given.pop("tie")), "dims": dict(given.pop("dims")), "opset": given.pop("opset")}
+
+
+def training_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the library from the values of :data:`training`; they are taken out of ``given``."""
+    plain = {key: given.pop(key) for key in ("class_axis", "optimizer", "outputs", "algorithm", "identities")}
+    return {**plain, "loss": list(given.pop("loss")) or "energy", "options": dict(given.pop("opt"))}
