@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -57,18 +57,22 @@ class Sample:
             if attribute.name == "to" and attribute.i == TensorProto.DOUBLE:
                 attribute.i = kind
             if attribute.name == "value" and attribute.t.data_type == TensorProto.DOUBLE:
-                attribute.t.CopyFrom(
-                    numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(dtype))
-                )
-        return Sample(
-            model,
-            {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in self.feeds.items()},
-            self.outputs,
-            {k: np.asarray(v, dtype) for k, v in self.targets.items()},
-            self.leaves,
-            self.inputs,
-            self.features,
-        )
+                attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(dtype)))
+        feeds = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in self.feeds.items()}
+        targets = {k: np.asarray(v, dtype) for k, v in self.targets.items()}
+        return replace(self, model=model, feeds=feeds, targets=targets)
+
+    def symbolic(self) -> Sample:
+        """The same sample with a symbol of its own for every dimension of every input."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for info in model.graph.input:
+            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                dim.dim_param = f"{info.name}_{axis}"
+        for info in model.graph.output:
+            for dim in info.type.tensor_type.shape.dim:
+                dim.Clear()
+        return replace(self, model=model)
 
 
 class Chooser(Protocol):
@@ -139,9 +143,7 @@ class Builder:
         if self.chance(8):
             # A constant vertex is a leaf too, though not one that is asked to be trained here.
             name = f"c{len(self.nodes)}"
-            self.nodes.append(
-                helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array))
-            )
+            self.nodes.append(helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array)))
             self.value[name] = array
             self.features.add("constant vertex")
             return name
@@ -436,8 +438,10 @@ class Builder:
         """The model; interior outputs are graph outputs, or left for ``--output`` to name."""
         made = {name for node in self.nodes for name in node.output}
         used = {name for node in self.nodes for name in node.input}
+        aliases = {node.output[0] for node in self.nodes if node.op_type == "Identity"}
         declared = [n for n in outputs if n in made and (n not in used or self.chance(50))]
-        declared += [n for n in self.unread() if n not in outputs and self.chance(30)]
+        plain = [n for n in self.unread() if n not in outputs and n not in aliases]
+        declared += [n for n in plain if self.chance(30)]
         declared = declared or [next(n for n in reversed(self.nodes) if n.op_type != "Constant").output[0]]
         graph = helper.make_graph(
             self.nodes,

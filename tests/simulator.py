@@ -267,9 +267,7 @@ def _differentiable(vertex: Vertex, index: int) -> bool:
     return index in (1, 2) if vertex.op == "Where" else index == 0
 
 
-def _read(
-    model: onnx.ModelProto, *, keep_identities: bool
-) -> tuple[list[Vertex], list[str], set[str], dict[str, str]]:
+def _read(model: onnx.ModelProto, *, keep_identities: bool) -> tuple[list[Vertex], list[str], set[str], dict[str, str]]:
     """All vertices, floating leaves, floating tensors, and aliases made by dropped Identity vertices."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     floats = {
@@ -399,9 +397,7 @@ def check_levelled(model: onnx.ModelProto, outputs: Sequence[str]) -> list[str]:
             longest[tensor] = max(longest.get(tensor, far + step), far + step)
     missing = [f"output {name!r} is not made from any leaf" for name in outputs if name not in net.tensors()]
     return missing + [
-        f"tensor {t!r}: paths of {near} to {longest[t]} edges"
-        for t, near in shortest.items()
-        if near != longest[t]
+        f"tensor {t!r}: paths of {near} to {longest[t]} edges" for t, near in shortest.items() if near != longest[t]
     ]
 
 
