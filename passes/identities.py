@@ -154,5 +154,5 @@ def _bytes(tensor: gs.Tensor) -> tuple[str, int]:
     if tensor.shape is None:
         return f"size({tensor.name})", size
     symbols = [str(n) if n is not None else "?" for n in tensor.shape if not isinstance(n, (int, np.integer))]
-    number = int(np.prod([n for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.int64))
+    number = int(np.prod([int(n) for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.int64))
     return "*".join(sorted(symbols)), number * size

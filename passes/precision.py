@@ -47,7 +47,7 @@ def _convert_implicit(node: onnx.NodeProto) -> None:
         for attribute in list(node.attribute):
             if attribute.name in ("value_float", "value_floats"):
                 values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-                tensor = onnx.numpy_helper.from_array(np.asarray(np.float32(values), np.float64))
+                tensor = onnx.numpy_helper.from_array(np.asarray(values, np.float32).astype(np.float64))
                 node.attribute.remove(attribute)
                 node.attribute.append(onnx.helper.make_attribute("value", tensor))
     elif node.op_type == "ConstantOfShape" and not any(a.name == "value" for a in node.attribute):

@@ -66,6 +66,7 @@ def prepare(
     proto = inline_functions(source)
     proto = settle_opset(proto, opset, source.name)
     proto = fix_dims(proto, dims or {}, source.name)
+    proto = spell_out_defaults(proto)
     proto = infer_shapes(proto, source.name)
     graph = onnx_io.to_graph(proto, source.base_dir)
     graph.opset = _opset(proto)
@@ -172,8 +173,8 @@ def _convert(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(proto)
     inputs = {i.name for i in proto.graph.input}
-    aside = []
-    kept = []
+    aside: list[onnx.TensorProto] = []
+    kept: list[onnx.TensorProto] = []
     for tensor in proto.graph.initializer:
         large = np.prod(tensor.dims, dtype=np.int64) > _SMALL or tensor.data_location == onnx.TensorProto.EXTERNAL
         (aside if large else kept).append(tensor)
@@ -203,6 +204,18 @@ def _convert(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def spell_out_defaults(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """MeanVarianceNormalization with its axes: onnx's inference looks into its body, and misses defaults there."""
+    if not any(n.op_type == "MeanVarianceNormalization" and not n.attribute for n in proto.graph.node):
+        return proto
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    for node in made.graph.node:
+        if node.op_type == "MeanVarianceNormalization" and not node.attribute:
+            node.attribute.append(onnx.helper.make_attribute("axes", [0, 2, 3]))
+    return made
 
 
 # --- dimensions and shapes ------------------------------------------------------------------------------------

@@ -96,4 +96,4 @@ def _size(tensor: gs.Tensor) -> float:
     """Elements, symbolic dimensions counted as one; infinite where the shape is unknown."""
     if tensor.shape is None:
         return float("inf")
-    return float(np.prod([n for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.float64))
+    return float(np.prod([int(n) for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.float64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 
-Operand = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
+Operand: TypeAlias = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
 Dim = int | str | None
 
 _INT64_OUTPUT = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
@@ -114,7 +114,7 @@ class Emitter:
         where = self.value(axes) if isinstance(axes, gs.Tensor) else axes
         if rank is None or where is None:
             return self.emit("Pad", x, pads, value, axes, **attrs)
-        order = [int(a) % rank for a in where]
+        order = [int(a) % rank for a in np.asarray(where).reshape(-1)]
         count = len(order)
         # Which entry of pads, zero appended, belongs to each axis: first what goes before, then what goes after.
         before = [order.index(axis) if axis in order else 2 * count for axis in range(rank)]
@@ -124,7 +124,8 @@ class Emitter:
             zero = self.constant(np.asarray([0], np.int64))
             full: Operand = self.Gather(self.Concat(pads, zero, axis=0), self.constant(np.asarray(entries, np.int64)))
         else:
-            full = [[*map(int, amounts), 0][k] for k in entries]
+            numbers = [*np.asarray(amounts).reshape(-1), 0]
+            full = [int(numbers[k]) for k in entries]
         return self.emit("Pad", x, full, value, **attrs)
 
     def _append(

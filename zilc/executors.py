@@ -69,10 +69,10 @@ def executor(model: onnx.ModelProto, *, prefer: str = "onnxruntime") -> Executor
                 raise
         else:
             return Executor(f"onnxruntime {onnxruntime.__version__}", inputs, outputs, session.run)
-    evaluator = ReferenceEvaluator(model, new_ops=[*_FASTER, *REPAIRED])  # type: ignore[arg-type]
+    evaluator = ReferenceEvaluator(model, new_ops=[*_FASTER, *REPAIRED])
 
     def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(y) for y in evaluator.run(names, feeds)]  # type: ignore[arg-type]
+        return [np.asarray(y) for y in evaluator.run(names, feeds)]
 
     return Executor(f"onnx {onnx.__version__} reference evaluator", inputs, outputs, run)
 
@@ -82,7 +82,7 @@ class ConvTranspose(SlowConvTranspose):
 
     op_domain = ""
 
-    def _run(  # type: ignore[override]
+    def _run(
         self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, output_padding=None,
         output_shape=None, pads=None, strides=None,
     ):  # fmt: skip
@@ -164,7 +164,7 @@ class Conv(SlowConv):
 
     op_domain = ""
 
-    def _run(  # type: ignore[override]
+    def _run(
         self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None,
     ):  # fmt: skip
         if not _explicit(auto_pad, 0) or X.ndim < 3:
@@ -187,9 +187,9 @@ class Conv(SlowConv):
         y = np.empty((group, rows.shape[1], X.shape[0], *out), X.dtype)
         for g in range(group):
             for block in _blocks(rows.shape[2] * X.itemsize, (X.shape[0], *out)):
-                part = reads[(g, ..., *block)]
+                part = reads[g][(..., *block)]
                 made = rows[g] @ part.reshape(rows.shape[2], -1)
-                y[(g, slice(None), *block)] = made.reshape(-1, *part.shape[1 + spatial :])
+                y[g][(slice(None), *block)] = made.reshape(-1, *part.shape[1 + spatial :])
         y = np.moveaxis(y, 2, 0).reshape(X.shape[0], W.shape[0], *out)
         return (y if B is None else y + B.reshape(1, -1, *[1] * spatial),)
 

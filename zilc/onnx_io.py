@@ -322,7 +322,7 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
     for node, made in zip(graph.nodes, proto.graph.node, strict=True):
         for name, value in node.attrs.items():
             if isinstance(value, EmptyList):
-                made.attribute.append(onnx.AttributeProto(name=name, type=value.onnx_type))
+                made.attribute.append(onnx.AttributeProto(name=name, type=value.onnx_type))  # type: ignore[arg-type]
         made.doc_string = getattr(node, "doc_string", "") or ""
         for key, value in (getattr(node, "metadata", None) or {}).items():
             made.metadata_props.append(onnx.StringStringEntryProto(key=key, value=str(value)))
@@ -428,7 +428,7 @@ def infer_types(
         )
     except Exception:
         return unknown
-    result = []
+    result: list[tuple[np.dtype | None, list[int | str | None] | None]] = []
     for tensor in node.outputs:
         kind = found.get(tensor.name)
         if kind is None or not kind.HasField("tensor_type"):
@@ -436,7 +436,12 @@ def infer_types(
             continue
         shape: list[int | str | None] | None = None
         if kind.tensor_type.HasField("shape"):
-            shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in kind.tensor_type.shape.dim]
+            dims = kind.tensor_type.shape.dim
+            shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in dims]
+        if shape is None and node.op == "Split" and node.inputs[0].shape is not None:
+            # Lengths known only at run time leave the axis open, not the rank.
+            shape = list(node.inputs[0].shape)
+            shape[node.attrs.get("axis", 0)] = None
         result.append((np_dtype(kind.tensor_type.elem_type), shape))
     return result
 

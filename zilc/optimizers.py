@@ -134,7 +134,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Optimizer:
         settled[key] = _parse(key, value, settled[key])
     _check(name, settled)
     if name in ("sgd", "momentum"):
-        slots = ("momentum_buffer",) if name == "momentum" else ()
+        slots: tuple[str, ...] = ("momentum_buffer",) if name == "momentum" else ()
         return Optimizer(name, settled, slots, bool(settled.get("dampening")), _sgd)
     slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if settled["amsgrad"] else ("exp_avg", "exp_avg_sq")
     return Optimizer(name, settled, slots, True, _adam)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -156,7 +156,7 @@ def levelize(
     if identities == "none":
         graph = found.graph
     else:
-        graph = insert_identities(found.graph, found.flow, found.levels, placement=cast(Placement, identities))
+        graph = insert_identities(found.graph, found.flow, found.levels, placement=identities)
     flow = flow_of(graph, found.clamped)
     levels = find_levels(flow)
     annotate_forward(graph, flow, levels)
@@ -171,7 +171,8 @@ def level_report(found: Structure, chosen: Selection | None, placement: str) -> 
     per_level = [0] * (levels.depth + 1)
     for level in levels.vertices:
         per_level[level] += 1
-    costs = {name: identities.cost(flow, levels, cast(Placement, name)) for name in ("edge", "shared")}
+    placements: tuple[Placement, ...] = ("edge", "shared")
+    costs = {name: identities.cost(flow, levels, name) for name in placements}
     skips = sorted((e for e in flow.edges if levels.gap(e) > 0), key=lambda e: (-levels.gap(e), e.consumer, e.operand))
     trained = set(chosen.parameters if chosen else ()) | set(chosen.inputs if chosen else ())
     reasons = dict(chosen.left_out) if chosen else {}
@@ -445,10 +446,10 @@ def settle_losses(found: Structure, loss: str | Mapping[str, str] | Sequence[str
         entries = [(name, kind) for name, kind in loss.items()]
     else:
         for item in [loss] if isinstance(loss, str) else loss:
-            name, equals, kind = item.rpartition("=")
-            entries.append((name if equals else None, kind))
+            before, equals, kind = item.rpartition("=")
+            entries.append((before if equals else None, kind))
     settled = dict.fromkeys(found.outputs, "energy")
-    for name, kind in sorted(entries, key=lambda entry: entry[0] is not None):
+    for name, kind in sorted(entries, key=lambda entry: entry[0] is not None):  # general ones first
         if kind not in LOSSES:
             raise OptionError(f"no loss '{kind}'", where="--loss", hint=f"Choose one of {', '.join(LOSSES)}.")
         if name is None:

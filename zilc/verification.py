@@ -87,7 +87,7 @@ def verify(
     bp = emit_training(chosen, algorithm="bp", **shared)
     found = structure(double, output=output, dims=dims, tie=tie, opset=opset)
     losses = settle_losses(found, loss)
-    forward = _Forward(found, zil, dims or {})
+    forward = _Forward(found, zil)
     feeds = _feeds(found, inputs, seed, dims or {})
     targets = _targets(zil, forward, feeds, inputs, losses, class_axis, seed)
 
@@ -104,7 +104,7 @@ def verify(
         norm = float(np.linalg.norm(np.asarray(g, np.float64)))
         worst = 0.0
         for _ in range(directions):
-            v, slope = forward.slope(name, {**feeds}, targets, losses, class_axis, rng)
+            v, slope = forward.slope(name, feeds, targets, losses, class_axis, rng)
             done += 2
             if progress:
                 progress(done, total)
@@ -221,53 +221,31 @@ def _targets(
 class _Forward:
     """The model itself in float64, its trained leaves fed from outside."""
 
-    def __init__(self, found: Structure, step: TrainingStep, dims: Mapping[str, int]) -> None:
-        self.names = list(found.outputs)
+    def __init__(self, found: Structure, step: TrainingStep) -> None:
+        self.outputs_wanted = list(found.outputs)
         self.step = step
-        source = found.prepared.source.proto
-        leaves = [p["name"] for p in step.signature["parameters"]]
         everything = found.flow.tensors
+        leaves = [p["name"] for p in step.signature["parameters"]]
         self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
-        self.ties = found.prepared.ties
-        open_model = onnx.ModelProto()
-        open_model.CopyFrom(source)
-        tied = {b: (a, t) for b, (a, t) in self.ties.items()}
-        opened = set(leaves) | {b for b, (a, _) in tied.items() if a in leaves}
-        graph = open_model.graph
-        held = {i.name for i in graph.input}
-        kept = [t for t in graph.initializer if t.name not in opened]
-        nodes = [n for n in graph.node if not (n.op_type in ("Constant", "ConstantOfShape") and n.output[0] in opened)]
-        del graph.initializer[:], graph.node[:]
-        graph.initializer.extend(kept)
-        graph.node.extend(nodes)
-        for name in sorted(opened):
-            if name not in held:
-                tensor = everything.get(name)
-                root = tied[name] if name in tied else (name, False)
-                shape = self.values[root[0]].T.shape if root[1] else self.values[root[0]].shape
-                assert tensor is None or tuple(tensor.shape) == tuple(shape)
-                graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, shape))
-        known = {o.name for o in graph.output}
-        for name in self.names:
-            if name not in known:
-                graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None))
-        real = [i for i in graph.input if i.name not in {t.name for t in kept}]
-        del graph.input[:]
-        graph.input.extend(real)
-        open_model.ir_version = max(open_model.ir_version, 4)
-        self.opened = opened
-        self.executor = executor(open_model)
+        #: A tied tensor follows its leaf.
+        self.followers = {b: tie for b, tie in found.prepared.ties.items() if tie[0] in self.values}
+        self.executor = executor(_opened(found.prepared.source.proto, self._fed({}), self.outputs_wanted))
+
+    def _fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every opened initializer, some of them moved."""
+        values = {**self.values, **{n: v for n, v in moved.items() if n in self.values}}
+        for follower, (leaf, transposed) in self.followers.items():
+            values[follower] = values[leaf].T if transposed else values[leaf]
+        return values
 
     def outputs(self, feeds: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-        """Trained outputs, with some parameters moved."""
-        values = {**self.values, **(moved or {})}
-        for b, (a, transposed) in self.ties.items():
-            if a in values:
-                values[b] = values[a].T if transposed else values[a]
-        return self.executor({**values, **feeds, **{k: v for k, v in (moved or {}).items() if k in feeds}}, self.names)
+        """Trained outputs by name, with some parameters or inputs moved."""
+        moved = moved or {}
+        given = {**feeds, **{n: v for n, v in moved.items() if n in feeds}, **self._fed(moved)}
+        return self.executor(given, self.outputs_wanted)
 
     def slope(
-        self, name: str, feeds: dict[str, np.ndarray], targets: Mapping[str, np.ndarray],
+        self, name: str, feeds: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray],
         losses: Mapping[str, str], class_axis: int, rng: np.random.Generator,
     ) -> tuple[np.ndarray, float]:  # fmt: skip
         """A random direction v and the central difference of the loss along it."""
@@ -275,11 +253,11 @@ class _Forward:
         v = rng.standard_normal(value.shape)
         size = float(np.linalg.norm(v)) or 1.0
         h = STEP * max(float(np.linalg.norm(value)), 1e-2 * np.sqrt(max(value.size, 1))) / size
-        sides = []
-        for sign in (1.0, -1.0):
-            moved = {name: value + sign * h * v}
-            sides.append(self.loss(self.outputs({**feeds, **{k: x for k, x in moved.items() if k in feeds}}, moved), targets, losses, class_axis))
-        return v, (sides[0] - sides[1]) / (2 * h)
+        ahead, behind = (
+            self.loss(self.outputs(feeds, {name: value + sign * h * v}), targets, losses, class_axis)
+            for sign in (1.0, -1.0)
+        )
+        return v, (ahead - behind) / (2 * h)
 
     def loss(
         self, outputs: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray], losses: Mapping[str, str], axis: int
@@ -290,6 +268,31 @@ class _Forward:
             y = targets.get(entry["name"]) if entry["name"] else None
             total += numpy_loss(losses[entry["output"]], np.asarray(outputs[entry["output"]]), y, axis)
         return total
+
+
+def _opened(
+    source: onnx.ModelProto, leaves: Mapping[str, np.ndarray], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """The model with ``leaves`` as graph inputs instead of initializers or constants, and ``outputs`` as outputs."""
+    made = onnx.ModelProto()
+    made.CopyFrom(source)
+    graph = made.graph
+    kept = [t for t in graph.initializer if t.name not in leaves]
+    nodes = [n for n in graph.node if n.op_type not in ("Constant", "ConstantOfShape") or n.output[0] not in leaves]
+    held = {t.name for t in kept}
+    inputs = [i for i in graph.input if i.name not in held]
+    listed = {i.name for i in inputs}
+    for name, value in leaves.items():
+        if name not in listed:
+            inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, value.shape))
+    for name in outputs:
+        if name not in {o.name for o in graph.output}:
+            graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None))
+    for entries, new in ((graph.initializer, kept), (graph.node, nodes), (graph.input, inputs)):
+        del entries[:]
+        entries.extend(new)
+    made.ir_version = max(made.ir_version, 4)  # below 4, initializers must be inputs
+    return made
 
 
 def numpy_loss(kind: str, mu: np.ndarray, y: np.ndarray | None, axis: int) -> float:
