@@ -57,14 +57,14 @@ class Bar:
     def line(self, text: str) -> None:
         """A line of results, above the bar where both share a terminal."""
         if self._bar and sys.stdout.isatty():
-            self._bar.console.print(text, markup=False)
+            self._bar.console.print(text, markup=False, soft_wrap=True)
         else:
             click.echo(text)
 
     def log(self, text: str) -> None:
         """A line of the log."""
         if self._bar:
-            self._bar.console.print(text, markup=False)
+            self._bar.console.print(text, markup=False, soft_wrap=True)
         else:
             click.echo(text, err=True)
 

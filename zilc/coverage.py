@@ -35,7 +35,7 @@ def operators(opset: int = MAX_OPSET) -> dict[str, Any]:
     return {"opset": opset, "operators": rows, "counts": counts, "meaning": dict(STATUSES)}
 
 
-def _row(schema: onnx.defs.OpSchema, opset: int) -> dict[str, Any]:
+def _row(schema: Any, opset: int) -> dict[str, Any]:
     rule = TABLE.lookup(schema.name, opset)
     since = sorted(r.since for r in TABLE.rules.get(("", schema.name), ()))
     note = rule.note if rule is not None else ""
@@ -54,5 +54,5 @@ def _row(schema: onnx.defs.OpSchema, opset: int) -> dict[str, Any]:
     return {"operator": schema.name, "status": status, "since": since, "note": note}
 
 
-def _may_float(operand: onnx.defs.OpSchema.FormalParameter) -> bool:
+def _may_float(operand: Any) -> bool:
     return any(kind in _FLOATS for kind in operand.types)

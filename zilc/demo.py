@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -318,10 +320,21 @@ def _bits(found: Mapping[str, Any]) -> str:
 def _next(paths: Mapping[str, Path]) -> list[str]:
     at = {name: shlex.quote(str(path)) for name, path in paths.items()}
     again = shlex.quote(str(paths["trained.onnx"].with_name("digits.again.onnx")))
+    command = _program()
     return [
-        f"zilc levelize {at['onnx']}",
-        f"zilc verify {at['onnx']} --loss cross-entropy --precision float64",
-        f"zilc train {at['onnx']} --data {at['train.npz']} --val {at['test.npz']} --loss cross-entropy"
+        f"{command} levelize {at['onnx']}",
+        f"{command} verify {at['onnx']} --loss cross-entropy --precision float64",
+        f"{command} train {at['onnx']} --data {at['train.npz']} --val {at['test.npz']} --loss cross-entropy"
         f" --optimizer adam --lr 0.001 --epochs 5 --batch-size 32 -o {again}",
-        f"netron {at['step.onnx']}",
+        f"netron {at['step.onnx']}    # pip install netron",
     ]
+
+
+def _program() -> str:
+    """What to type for this ``zilc``: its name if the shell finds it, else its path."""
+    if shutil.which("zilc"):
+        return "zilc"
+    beside = Path(sys.executable).with_name("zilc")
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m zilc"
+    return shlex.quote(min(str(beside), os.path.relpath(beside), key=len))

@@ -136,11 +136,11 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
             found += [
                 (base + k, t.name)
                 for k, t in enumerate(captured(node))
-                if t.name in depends and onnx_io.is_float(t)
+                if t.name in depends and onnx_io.may_hold_floats(t)
             ]
         operands.append(found)
         if found:
-            depends.update(t.name for t in node.outputs if t.name and onnx_io.is_float(t))
+            depends.update(t.name for t in node.outputs if t.name and onnx_io.may_hold_floats(t))
 
     # Backwards: what a trained output depends on.
     wanted = set(outputs) & depends

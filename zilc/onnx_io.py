@@ -250,6 +250,16 @@ def is_float(tensor: gs.Tensor) -> bool:
     return dtype is not None and dtype.name in FLOATS
 
 
+def may_hold_floats(tensor: gs.Tensor) -> bool:
+    """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
+
+    What a foreign operator makes has no type unless the file says so.
+    """
+    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
+        return True
+    return np_dtype(tensor.dtype) is None or is_float(tensor)
+
+
 def to_graph(proto: onnx.ModelProto, base_dir: str = "") -> gs.Graph:
     """GraphSurgeon's graph of a model, with metadata on nodes (``node.metadata``, ``node.doc_string``)."""
     with _quiet():

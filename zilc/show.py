@@ -252,7 +252,7 @@ def _option(value: Any) -> str:
 
 def _interface(page: Page, signature: Mapping[str, Any], graph: Mapping[str, Any]) -> None:
     """Inputs and outputs; those of parameters and slots, which the table of parameters names, are counted."""
-    per_parameter = set()
+    per_parameter: set[str] = set()
     for p in signature["parameters"]:
         per_parameter.update(filter(None, [p["name"], p["grad"], p["next"]]))
         per_parameter.update(name for s in p["state"] for name in (s["name"], s["next"]))
