@@ -77,6 +77,8 @@ class TrainingGraph:
         self.clamped: dict[str, gs.Tensor] = {}
         self.leaves: dict[str, LeafNames] = {}
         self.targets: list[dict[str, str]] = []
+        self.clamps = list(clamps)
+        self._target: dict[str, gs.Variable | None] = {}
         self._model_inputs = [t.name for t in graph.inputs]
         self._wanted_inputs = list(inputs)
         self._tensors = onnx_io.tensors(graph)
@@ -127,8 +129,13 @@ class TrainingGraph:
                 self.targets.append({"name": "", "output": clamp.output, "loss": clamp.loss})
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
                 value, eps = loss.emit(op, mu, y, clamp.class_axis)
+            self._target[clamp.tensor] = y
             self._losses.append(value)
             self.clamped[clamp.tensor] = eps
+
+    def target_of(self, clamp: Clamp) -> gs.Variable | None:
+        """The target input of a trained output; None where the output is the loss."""
+        return self._target[clamp.tensor]
 
     def _open_optimizer(self, parameters: Sequence[str]) -> None:
         self.lr: gs.Variable | None = None

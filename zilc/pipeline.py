@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from zilc.passes import contracts, identities, parameters, prepare
 from zilc.passes.dynamics import Dynamics
 from zilc.passes.identities import Placement, flow_of, insert_identities
 from zilc.passes.levels import Levels, find_levels
+from zilc.passes.literal import Literal as LiteralRun
+from zilc.passes.literal import emit_literal
 from zilc.passes.parameters import Selection
 from zilc.passes.prepare import Prepared
 from zilc.passes.reverse import reverse_mode
@@ -38,7 +40,10 @@ from zilc.passes.training import (
 )
 from zilc.passes.wavefront import wavefront
 
-Algorithm = Literal["zil", "bp"]
+Algorithm = Literal["zil", "il", "bp"]
+ScheduleName = Literal["wavefront", "literal"]
+#: Inference learning by default: the paper's T for its MLP, and a small integration step.
+IL_STEPS, IL_GAMMA = 20, 0.1
 Names = str | Sequence[str] | None
 
 
@@ -338,7 +343,13 @@ def emit_training(
     opset: int | None = None,
     outputs: Outputs = "next",
     algorithm: Algorithm = "zil",
-    identities: Placement = "shared",
+    identities: Literal["edge", "shared", "none"] | None = None,
+    schedule: ScheduleName | None = None,
+    steps: int | None = None,
+    gamma: float | None = None,
+    update_at: Literal["level", "end"] = "level",
+    init_noise: float = 0.0,
+    fixed_predictions: bool = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -360,22 +371,31 @@ def emit_training(
         dims: sizes for symbolic dimensions.
         opset: of the result; by default the model's, within [18, 26].
         outputs: ``next``, ``grad`` or ``both``.
-        algorithm: ``zil``, or ``bp`` for plain reverse mode.
-        identities: placement of identity vertices, ``shared`` or ``edge``.
+        algorithm: ``zil``, ``bp`` for plain reverse mode, or ``il`` for inference learning.
+        identities: placement of identity vertices, ``shared`` or ``edge``; ``none`` with the literal schedule.
+        schedule: ``wavefront`` computes what is left of the dynamics at each step; ``literal`` runs all of them in a
+            Loop (the reference, inference learning, and the ablations; costs ``steps`` forward and backward passes).
+        steps: T of the literal schedule; by default K for ``zil`` and 20 for ``il``.
+        gamma: integration step of the literal schedule; by default 1 for ``zil`` and 0.1 for ``il``.
+        update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
+        init_noise: standard deviation of noise on the initial value nodes.
+        fixed_predictions: predictions and derivatives stay at their forward values.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
         ZilcError: see :mod:`zilc.errors`.
     """
     _one_of("--outputs", outputs, ("next", "grad", "both"))
-    _one_of("--algorithm", algorithm, ("zil", "bp"))
-    _one_of("--identities", identities, ("edge", "shared"))
+    _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
+    plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where)
     leaves = [*chosen.parameters, *chosen.inputs]
-    ensure_rules(found.flow, found.levels, leaves, found.where)
+    # In the literal schedule every value node moves, whatever is trained.
+    reached = leaves if plan.literal is None else found.flow.leaves
+    ensure_rules(found.flow, found.levels, reached, found.where)
 
     state = _state(found, chosen, chosen_optimizer if outputs != "grad" else None)
     graph = _copy(found.graph)
@@ -392,20 +412,22 @@ def emit_training(
         outputs=outputs,
         optimizer=chosen_optimizer,
     )
-    make_extra_outputs(training.op, flow, leaves)
-    if algorithm == "zil":
-        levelled = insert_identities(found.graph, found.flow, found.levels, placement=identities)
-        delayed = flow_of(levelled, found.clamped)
-        emit_schedule(training, wavefront(Dynamics.of(delayed, find_levels(delayed)), leaves))
-    else:
+    make_extra_outputs(training.op, flow, reached)
+    if algorithm == "bp":
         reverse_mode(training, flow, found.levels, leaves)
+    elif plan.literal is None:
+        emit_schedule(training, wavefront(_dynamics(found, found.graph, plan), leaves))
+    else:
+        # On the training graph's own forward part, whose vertices make the optional outputs that rules read.
+        dynamics = _dynamics(found, graph, plan)
+        emit_literal(training, dynamics, leaves, plan.settled(dynamics.levels.depth))
     graph = simplify(training.finish())
-    made = _signature(training, found, chosen, algorithm, identities)
+    made = _signature(training, found, chosen, algorithm, plan)
     renamed = {training_name: name for name, training_name in _state_names(training, chosen).items()}
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
-    report = level_report(found, chosen, identities if algorithm == "zil" else "none")
+    report = level_report(found, chosen, plan.identities)
     report["trained"] = [
         {"name": n, "shape": [int(d) for d in found.flow.tensors[n].shape], "level": found.levels.leaves[n],
          "update_step": found.levels.leaves[n] - 1}
@@ -415,6 +437,83 @@ def emit_training(
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
     initial = State({name: state[own] for name, own in renamed.items()})
     return TrainingStep(proto, made, initial, report, found.prepared.source, dict(found.prepared.ties))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the gradient is computed, with the options settled.
+
+    Attributes:
+        identities: placement, or ``none``.
+        literal: None for the wavefront and for reverse mode; its ``steps`` may still be 0, meaning K.
+    """
+
+    schedule: str
+    identities: str
+    gamma: float = 1.0
+    literal: LiteralRun | None = None
+
+    def settled(self, depth: int) -> LiteralRun:
+        assert self.literal is not None
+        return replace(self.literal, steps=self.literal.steps or depth)
+
+
+def _plan(
+    algorithm: str, schedule: str | None, identities: str | None, steps: int | None, gamma: float | None,
+    update_at: str, init_noise: float, fixed_predictions: bool,
+) -> Plan:  # fmt: skip
+    """Settle the options of an algorithm.
+
+    Raises:
+        OptionError: options that contradict each other.
+    """
+    if schedule is not None:
+        _one_of("--schedule", schedule, ("wavefront", "literal"))
+    _one_of("--update-at", update_at, ("level", "end"))
+    if steps is not None and steps < 1:
+        raise OptionError(f"{steps} inference steps, expected at least 1", where="--steps")
+    if init_noise < 0:
+        raise OptionError(f"{init_noise} is negative", where="--init-noise")
+    wishes = {
+        "--steps": steps is not None, "--gamma": gamma is not None, "--update-at end": update_at == "end",
+        "--init-noise": init_noise > 0, "--fixed-predictions": fixed_predictions,
+    }  # fmt: skip
+    if algorithm == "bp":
+        asked = [name for name, wish in wishes.items() if wish]
+        if schedule is not None or asked:
+            raise OptionError(f"reverse mode has no {', '.join(asked) or 'schedule'}", where="--algorithm bp")
+        return Plan("reverse", "none")
+    if algorithm == "il":
+        if schedule == "wavefront":
+            raise OptionError("inference learning has no wavefront", where="--schedule", hint="Use literal.")
+        if identities not in (None, "none"):
+            raise OptionError("inference learning runs on the graph as it is", where="--identities")
+        run = LiteralRun(steps or IL_STEPS, "after", fixed_predictions, init_noise)
+        return Plan("literal", "none", IL_GAMMA if gamma is None else gamma, run)
+    placement = identities or "shared"
+    _one_of("--identities", placement, ("edge", "shared", "none"))
+    if schedule != "literal":
+        asked = [name for name, wish in wishes.items() if wish]
+        if placement == "none":
+            asked.append("--identities none")
+        if asked:
+            raise OptionError(
+                f"{', '.join(asked)} changes the dynamics, which the wavefront has folded away",
+                where="--schedule",
+                hint="Add --schedule literal.",
+            )
+        return Plan("wavefront", placement)
+    run = LiteralRun(steps or 0, update_at, fixed_predictions, init_noise)
+    return Plan("literal", placement, 1.0 if gamma is None else gamma, run)
+
+
+def _dynamics(found: Structure, graph: gs.Graph, plan: Plan) -> Dynamics:
+    """The equations on the levelled graph, or on the graph as it is."""
+    if plan.identities != "none":
+        placement: Placement = "edge" if plan.identities == "edge" else "shared"
+        graph = insert_identities(graph, flow_of(graph, found.clamped), found.levels, placement=placement)
+    flow = flow_of(graph, found.clamped)
+    return Dynamics.of(flow, find_levels(flow), gamma=plan.gamma)
 
 
 def _one_of(where: str, value: str, allowed: Sequence[str]) -> None:
@@ -517,7 +616,7 @@ def _state_names(training: TrainingGraph, chosen: Selection) -> dict[str, str]:
 
 
 def _signature(
-    training: TrainingGraph, found: Structure, chosen: Selection, algorithm: str, placement: str
+    training: TrainingGraph, found: Structure, chosen: Selection, algorithm: str, plan: Plan
 ) -> dict[str, Any]:
     predictions = [t.name for t in training.graph.outputs if t.name in found.flow.tensors]
     step = None
@@ -527,8 +626,8 @@ def _signature(
         "version": signatures.VERSION,
         "zilc": version(),
         "algorithm": algorithm,
-        "schedule": "wavefront" if algorithm == "zil" else "reverse",
-        "identities": placement if algorithm == "zil" else "none",
+        "schedule": plan.schedule,
+        "identities": plan.identities,
         "levels": found.levels.depth,
         "inputs": training.model_inputs,
         "targets": [{**entry, "name": entry["name"] or None} for entry in training.targets],
