@@ -21,6 +21,7 @@ from onnx.reference.ops.op_conv import Conv as SlowConv
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as SlowConvTranspose
 from onnx.reference.ops.op_max_pool import MaxPool as SlowMaxPool
 
+from zilc import onnx_io
 from zilc.reference import REPAIRED
 
 Feeds = Mapping[str, np.ndarray]
@@ -60,6 +61,9 @@ def executor(model: onnx.ModelProto, *, prefer: str = "onnxruntime") -> Executor
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        if onnx_io.holds_float64(model):
+            # Its further optimizations put scalar factors of float64 products into attributes, which are float32.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -180,8 +184,9 @@ class Conv(SlowConv):
         taps = [n * d for n, d in zip(steps, dilations or [1] * spatial, strict=True)]
         places = [n * s for n, s in zip(steps, strides or [1] * spatial, strict=True)]
         # (G, C, taps, N, places): what each place reads, without a copy
+        shape = (*x.shape[:2], *kernel, x.shape[2], *out)
         reads = np.lib.stride_tricks.as_strided(
-            x, (*x.shape[:2], *kernel, x.shape[2], *out), (*x.strides[:2], *taps, x.strides[2], *places), writeable=False
+            x, shape, (*x.strides[:2], *taps, x.strides[2], *places), writeable=False
         )
         rows = W.reshape(group, W.shape[0] // group, -1)
         y = np.empty((group, rows.shape[1], X.shape[0], *out), X.dtype)

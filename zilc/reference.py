@@ -3,7 +3,9 @@
 ``Erf`` computes in float32 whatever its operand is, and ``Gelu`` is built on it; ``Mean`` takes only operands of
 one shape; ``LRN`` fills as many channels as there are samples; ``LpNormalization`` with p = 1 sums x, not |x|;
 ``GatherElements`` along an axis of more than 64 elements stops with an error; ``BatchNormalization`` of opsets
-before 14 mixes the batch's statistics into the running ones, with one output too, which means inference.
+before 14 mixes the batch's statistics into the running ones, with one output too, which means inference;
+``GridSample`` rounds its places to float32, and ``DeformConv`` is built on it; ``Adam`` of several
+tensors rounds its results to float32.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.aionnx_preview_training.op_adam import Adam as SinglePrecisionAdam
+from onnx.reference.ops.op_grid_sample import GridSample as SinglePrecisionGridSample
+
+from zilc.reference_recurrent import RECURRENT
 
 
 class Erf(OpRun):
@@ -107,8 +113,69 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data[front], indices, axis),)
 
 
+class GridSample(SinglePrecisionGridSample):
+    """Places are computed in double precision, and the modes' older names are known."""
+
+    op_domain = ""
+
+    def _run(self, X: Any, grid: Any, mode: Any = None, padding_mode: Any = None, align_corners: Any = None) -> Any:
+        mode = {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
+        return (super()._run(X, grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)[0],)
+
+    def _gs_denormalize_coordinates(self, n: Any, dims: Any, align_corners: bool) -> np.ndarray:
+        pairs = zip(n, dims, strict=True)
+        return np.asarray([self._gs_denormalize(n=v, length=d, align_corners=align_corners) for v, d in pairs])
+
+
+class Adam(SinglePrecisionAdam):
+    """Several tensors keep their precision, too."""
+
+    op_domain = "ai.onnx.preview.training"
+
+    def _run(self, r: Any, t: Any, *data: Any, **attrs: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        count = len(data) // 4
+        results = [self._run1(r, t, *data[k::count], **attrs) for k in range(count)]
+        return tuple(result[slot] for slot in range(3) for result in results)
+
+
+class DeformConv(OpRun):
+    """Taps of the kernel one by one: bilinear samples of the image at the moved places, 0 outside."""
+
+    op_domain = ""
+
+    def _run(
+        self, X: Any, W: Any, offset: Any, B: Any = None, mask: Any = None, dilations: Any = None, group: Any = None,
+        kernel_shape: Any = None, offset_group: Any = None, pads: Any = None, strides: Any = None,
+    ) -> tuple[np.ndarray]:  # fmt: skip
+        (n, channels, height, width), (m, per_group, kh, kw) = X.shape, W.shape
+        oh, ow = offset.shape[2:]
+        moves = offset.reshape(n, offset_group, kh, kw, 2, oh, ow)
+        weights = np.ones((n, offset_group, kh, kw, oh, ow)) if mask is None else mask
+        weights = weights.reshape(n, offset_group, kh, kw, oh, ow)
+        (sh, sw), (dh, dw), (top, left) = strides or (1, 1), dilations or (1, 1), (pads or (0, 0, 0, 0))[:2]
+        y = np.zeros((n, m, oh, ow), X.dtype)
+        for b, i, j in np.ndindex(n, kh, kw):
+            for c in range(channels):
+                og = c // (channels // offset_group)
+                at_y = np.arange(oh)[:, None] * sh - top + i * dh + moves[b, og, i, j, 0]
+                at_x = np.arange(ow)[None, :] * sw - left + j * dw + moves[b, og, i, j, 1]
+                value = np.zeros((oh, ow), X.dtype)
+                for py, px in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    iy, ix = np.floor(at_y).astype(int) + py, np.floor(at_x).astype(int) + px
+                    weight = (1 - abs(at_y - iy)) * (1 - abs(at_x - ix))
+                    inside = (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+                    value += np.where(inside, X[b, c, iy.clip(0, height - 1), ix.clip(0, width - 1)] * weight, 0)
+                value *= weights[b, og, i, j]
+                g = c // per_group
+                for k in range(g * (m // group), (g + 1) * (m // group)):
+                    y[b, k] += W[k, c % per_group, i, j] * value
+        return (y if B is None else y + B.reshape(1, -1, 1, 1),)
+
+
 #: For ``ReferenceEvaluator(model, new_ops=REPAIRED)``.
-REPAIRED: list[type[OpRun]] = [BatchNormalization, Erf, GatherElements, Gelu, LRN, LpNormalization, Mean]
+REPAIRED: list[type[OpRun]] = [
+    *RECURRENT, Adam, BatchNormalization, DeformConv, Erf, GatherElements, Gelu, GridSample, LRN, LpNormalization, Mean
+]  # fmt: skip
 
 
 def evaluator(model: onnx.ModelProto, **options: Any) -> ReferenceEvaluator:

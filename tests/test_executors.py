@@ -1,0 +1,69 @@
+"""The reference evaluator's replaced operators, held against onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import pytest
+
+from zilc import executors
+from zilc.executors import executor
+
+
+def model(op: str, feeds: dict[str, np.ndarray], opset: int, **attrs: Any) -> onnx.ModelProto:
+    """One node."""
+    node = onnx.helper.make_node(op, list(feeds), ["y"], **attrs)
+    entries = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+        for n, v in feeds.items()
+    ]
+    made = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([node], "one", entries, [made])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+
+
+def check(op: str, feeds: dict[str, np.ndarray], opset: int = 18, atol: float = 1e-6, **attrs: Any) -> None:
+    """Both executors agree in float32."""
+    made = model(op, feeds, opset, **attrs)
+    expected, got = (executor(made, prefer=who)(feeds)["y"] for who in ("onnxruntime", "reference"))
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_convolution(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any rank, group, stride, dilation and padding; blocks small enough that most of them need several."""
+    monkeypatch.setattr(executors, "_BLOCK", 1 << (seed % 3 * 4 + 6))
+    rng = np.random.default_rng(seed)
+    spatial, group = seed % 3 + 1, int(rng.integers(1, 4))
+    kernel, strides, dilations = (rng.integers(1, 4, spatial).tolist() for _ in range(3))
+    pads = rng.integers(0, 3, 2 * spatial).tolist()
+    size = [d * (k - 1) + 1 + int(rng.integers(0, 6)) for d, k in zip(dilations, kernel, strict=True)]
+    channels, maps = (group * int(rng.integers(1, 4)) for _ in range(2))
+    x, w, b = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((2, channels, *size), (maps, channels // group, *kernel), (maps,))
+    )
+    feeds = {"x": x, "w": w} | ({"b": b} if seed % 2 else {})
+    check("Conv", feeds, atol=1e-5, strides=strides, dilations=dilations, pads=pads, group=group)
+
+
+@pytest.mark.parametrize("opset", [7, 9, 14, 15])
+def test_batch_normalization_by_running_statistics(opset: int) -> None:
+    rng = np.random.default_rng(0)
+    feeds = {"x": 3 * rng.standard_normal((2, 3, 4, 4)) + 1}
+    feeds.update({n: rng.uniform(0.5, 1.5, 3) for n in ("scale", "bias", "mean", "variance")})
+    check("BatchNormalization", {n: v.astype(np.float32) for n, v in feeds.items()}, opset, epsilon=1e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_gather_elements_along_a_long_axis(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    shape = [3, 2, 4]
+    shape[axis] = 100
+    index = rng.integers(-100, 100, [2 if k == axis % 3 else n for k, n in enumerate(shape)])
+    check("GatherElements", {"x": rng.standard_normal(shape).astype(np.float32), "i": index}, axis=axis)
