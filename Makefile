@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench clean
+.PHONY: demo test exam lint bench paper clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -12,6 +12,7 @@ test: .venv/test.stamp
 	.venv/bin/python -m pytest -m "not long"
 
 exam: .venv/test.stamp
+	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
 
 lint: .venv-lint/lint.stamp
@@ -20,6 +21,9 @@ lint: .venv-lint/lint.stamp
 
 bench: .venv/test.stamp
 	.venv/bin/python tools/bench.py
+
+paper: .venv/test.stamp
+	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -95,8 +95,11 @@ class Dynamics:
     gamma: float = 1.0
 
     @classmethod
-    def of(cls, flow: Dataflow, levels: Levels, *, gamma: float = 1.0) -> Dynamics:
-        return cls(flow, levels, sum_order(flow, levels), gamma)
+    def of(
+        cls, flow: Dataflow, levels: Levels, *, gamma: float = 1.0, longest: tuple[int, ...] | None = None
+    ) -> Dynamics:
+        """``longest`` as for :func:`~zilc.passes.levels.sum_order`."""
+        return cls(flow, levels, sum_order(flow, levels, longest), gamma)
 
     @property
     def clamped(self) -> frozenset[str]:

@@ -15,7 +15,9 @@ from zilc.passes import contracts
 from zilc.passes.levels import Levels
 from zilc.vjp.table import is_differentiable_operand
 
-Placement = Literal["edge", "shared"]
+#: How chains are laid: one an edge, or one a tensor; ``min`` and ``min-bytes`` share chains, on levels of their own
+#: (:mod:`zilc.passes.placement`).
+Placement = Literal["edge", "shared", "min", "min-bytes"]
 
 
 def flow_of(graph: gs.Graph, outputs: Sequence[str]) -> Dataflow:
@@ -34,8 +36,8 @@ def insert_identities(
     Before:  a -> Relu -> Add,  a -> Add
     After:   a -> Relu -> Add,  a -> Identity -> Add
 
-    *shared* makes one chain a tensor, as long as its longest gap, tapped by each consumer at its level; *edge* makes
-    one chain an edge.
+    *edge* makes one chain an edge; any other placement makes one chain a tensor, as long as its longest gap, tapped by
+    each consumer at its level.
     """
     contracts.require(contracts.acyclic(graph), "acyclic")
     rebuild = Rebuild(graph)
@@ -62,7 +64,7 @@ def insert_identities(
 
     def delay(tensor: gs.Tensor, top: int, edges: Sequence[Edge]) -> None:
         gaps = [(e, levels.gap(e)) for e in edges]
-        if placement == "shared":
+        if placement != "edge":
             lowest = min((levels.vertices[e.consumer] + 1 for e, gap in gaps if gap > 0), default=top)
             made = chain(tensor, top, lowest, "")
             for e, gap in gaps:
@@ -122,13 +124,13 @@ class Cost:
 
 
 def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
-    """Count the identities of a placement without inserting them."""
+    """Count the identities of a placement without inserting them; ``levels`` are those that it puts vertices on."""
     by_level: dict[int, int] = {}
     sizes: dict[str, int] = {}
     total = known = 0
     for tensor, edges in flow.readers.items():
         gaps = [levels.gap(e) for e in edges]
-        chains = [max(gaps)] if placement == "shared" else gaps
+        chains = gaps if placement == "edge" else [max(gaps)]
         top = levels.of(edges[0])
         for length in chains:
             if not length:

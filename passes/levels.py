@@ -55,12 +55,16 @@ def find_levels(flow: Dataflow) -> Levels:
 SumOrder = dict[Edge, tuple[int, int, int]]
 
 
-def sum_order(flow: Dataflow, levels: Levels) -> SumOrder:
+def sum_order(flow: Dataflow, levels: Levels, longest: tuple[int, ...] | None = None) -> SumOrder:
     """The place of each edge's contribution in the sum at its operand (ZIL.md, section 5).
 
     By the consumer's level ascending, then its topological index, then the operand's index, all of the graph
     without inserted identities: a chain takes the place of the first consumer that it serves.  Thus Z-IL on the
     levelled graph and reverse mode on the original add in the same order.
+
+    Args:
+        longest: longest-path levels of the vertices that are no inserted identities, in their order, where ``levels``
+            are others: a placement with fewer identities moves vertices, and must not move their terms.
     """
     from zilc.graph import INSERTED
 
@@ -75,5 +79,8 @@ def sum_order(flow: Dataflow, levels: Levels) -> SumOrder:
         served = [order[e] for t in node.outputs for e in flow.readers.get(t.name, ())] if getattr(
             node, INSERTED, False
         ) else []
-        order[edge] = min(served) if served else (levels.vertices[edge.consumer], rank[edge.consumer], edge.operand)
+        own = levels.vertices[edge.consumer]
+        if longest is not None and not getattr(node, INSERTED, False):
+            own = longest[rank[edge.consumer]]
+        order[edge] = min(served) if served else (own, rank[edge.consumer], edge.operand)
     return order

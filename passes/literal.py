@@ -1,7 +1,7 @@
 """The dynamics as they stand: every value node moves in every step, in an ONNX Loop (ZIL.md, sections 4, 5 and 7).
 
 This is the paper's Algorithm 3, mended, and with other options inference learning and the ablations.  The equations are
-those of :mod:`zilc.passes.dynamics`, carried out term by term; nothing is folded away.  A loop step reads the state of
+the terms of :mod:`zilc.passes.dynamics`, evaluated as they are; nothing is folded away.  A loop step reads the state of
 step t (x, mu, eps of every vertex) and makes that of t + 1:
 
     dx    = gamma (eps - sum of pulls)        at x[.,t], mu[.,t]
@@ -11,23 +11,32 @@ step t (x, mu, eps of every vertex) and makes that of t + 1:
 
 A leaf on level l keeps the pulls of step l - 1.  Levels that the wave has passed may overflow; they are left behind by
 ``Where``, never by a product with a mask.
+
+A runtime may compute g in the loop by another kernel than in the forward pass, and round otherwise.  So the drift
+mu' - mu is a difference of predictions that the loop made, zero to the bit where no operand has moved; a round before
+step 0 makes the first ones.  What rules and losses read as mu is the forward value plus the drifts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.graph import copy_node
+from zilc.graph import captured, copy_node, copy_subgraph
 from zilc.losses import LOSSES
 from zilc.passes.dynamics import Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum, Term
 from zilc.passes.simplify import drop_dead
 from zilc.passes.training import TrainingGraph
+from zilc.passes.wavefront import arithmetic
 from zilc.vjp import table
+
+Tensors = dict[str, gs.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,240 +57,348 @@ class Literal:
     noise: float = 0.0
 
 
-class _Step:
-    """The state of one step as tensors, and the terms of the dynamics over it.
-
-    Args:
-        x: value nodes, leaves and frozen operands by name.
-        mu: predictions, optional outputs that rules read among them.
-        eps: prediction errors; what is absent is zero.
-    """
-
-    def __init__(
-        self, op: Emitter, dynamics: Dynamics, x: dict[str, gs.Tensor], mu: dict[str, gs.Tensor],
-        eps: dict[str, gs.Tensor],
-    ) -> None:  # fmt: skip
-        self.op, self.dynamics, self.x, self.mu, self.eps = op, dynamics, x, mu, eps
-        self._nodes: dict[int, gs.Node] = {}
-
-    def node(self, vertex: int) -> gs.Node:
-        """A vertex at this state: operands are value nodes, outputs are predictions.  It is read, never run."""
-        if vertex not in self._nodes:
-            node = self.dynamics.flow.vertices[vertex]
-            made = gs.Node.__new__(gs.Node)
-            for key, value in (("op", node.op), ("name", node.name), ("domain", node.domain)):
-                object.__setattr__(made, key, value)
-            object.__setattr__(made, "attrs", dict(node.attrs))
-            object.__setattr__(made, "inputs", [self.x[t.name] if t.name else t for t in node.inputs])
-            object.__setattr__(made, "outputs", [self.mu.get(t.name, t) for t in node.outputs])
-            self._nodes[vertex] = made
-        return self._nodes[vertex]
-
-    def value(self, term: Term) -> gs.Tensor | None:
-        """A term of step t as a tensor; None stands for zero."""
-        op = self.op
-        match term:
-            case Error(tensor, _):
-                return self.eps.get(tensor)
-            case Prediction(tensor, _):
-                return self.mu[tensor]
-            case Pull(edge, _):
-                node = self.dynamics.flow.vertices[edge.consumer]
-                arriving = [self.eps.get(t.name) for t in node.outputs]
-                if all(g is None for g in arriving):
-                    return None
-                return table.vjp(op, self.node(edge.consumer), edge.operand, arriving)
-            case Sum(terms):
-                total: gs.Tensor | None = None
-                for part in map(self.value, terms):
-                    if part is not None:
-                        total = part if total is None else op.Add(total, part)
-                return total
-            case Difference(a, b):
-                left, right = self.value(a), self.value(b)
-                if right is None:
-                    return left
-                return op.Neg(right) if left is None else op.Sub(left, right)
-            case Scaled(gamma, inner):
-                made = self.value(inner)
-                return made if made is None or gamma == 1.0 else op.Mul(made, gamma)
-        raise TypeError(f"no term {term!r}")
-
-
 def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[str], how: Literal) -> None:
     """Emit the loop, and hand each leaf's gradient to the training graph.
 
     Requires: every vertex of ``dynamics.flow`` has a rule.  The graph need not be levelled.
     """
-    op, flow = training.op, dynamics.flow
-    level_of = dynamics.levels.leaves
-    moving = [t.name for node in flow.vertices for t in node.outputs if t.name in flow.readers]
-    moving = [name for name in moving if name not in dynamics.clamped]
-    shapes = dict(flow.tensors)
-    initial = _initial(training, dynamics)
-    outside = _outside(training, dynamics)
-    extras = {name: t for name, t in initial.items() if name not in moving and name not in dynamics.clamped}
-
+    op, level_of = training.op, dynamics.levels.leaves
+    model = _Model(training, dynamics, how.fixed_predictions)
+    start = _start(op, model, how)
     with op.place("inference/start", vertex="inference", role="error", step=0):
-        x0, eps0 = {}, {}
-        for index, name in enumerate(moving):
-            mu0 = initial[name]
-            zero = op.zeros_like(mu0)
-            if how.noise:
-                noise = op.RandomNormalLike(mu0, scale=float(how.noise), seed=float(index + 1))
-                x0[name], eps0[name] = op.Add(mu0, noise), op.Neg(noise)
-            else:
-                x0[name], eps0[name] = mu0, zero
-        start = {name: op.zeros_like(training._tensors[name]) for name in leaves}
+        none = {name: op.zeros_like(training._tensors[name]) for name in leaves}
 
-    body = gs.Graph(name="inference_step", opset=training.graph.opset)
-    inner = Emitter(body, op.names)  # one set of names, so that the body shadows nothing outside
-    inner.names = op.names
-    t = gs.Variable(op.fresh("inference/t"), np.dtype(np.int64), [])
-    go = gs.Variable(op.fresh("inference/go"), np.dtype(bool), [])
-    body.inputs = [t, go]
-    carried: list[tuple[gs.Tensor, gs.Tensor]] = []  # (initial value outside, next value inside)
+    loop = _Loop(op)
+    inner = loop.op
+    x = {name: loop.carry(f"{name}.value", start.at[name]) for name in model.moving}
+    eps = {name: loop.carry(f"{name}.error", start.eps[name]) for name in model.moving}
+    mu, computed = start.mu, start.computed
+    if not how.fixed_predictions:
+        mu = {name: loop.carry(f"{name}.prediction", t) for name, t in mu.items()}
+        computed = {name: loop.carry(f"{name}.computed", t) for name, t in computed.items()}
+    read_after = how.update_at == "after"
+    kept = {} if read_after else {name: loop.carry(f"{name}.gradient", none[name]) for name in leaves}
+    # A round before step 0 makes the first predictions: nothing moves in it.
+    before = 0 if how.fixed_predictions else 1
+    with inner.place("inference/round", vertex="inference", role="error"):
+        stepping = inner.Greater(loop.round, inner.constant(np.asarray(0, np.int64))) if before else None
 
-    def state(label: str, name: str, outside: gs.Tensor) -> gs.Variable:
-        like = shapes.get(name, outside)
-        shape = like.shape if like.shape is not None else outside.shape
-        made = gs.Variable(op.fresh(f"{name}.{label}"), dtype=op.dtype(outside), shape=shape)
-        body.inputs.append(made)
-        return made
-
-    x = {name: state("value", name, x0[name]) for name in moving}
-    eps = {name: state("error", name, eps0[name]) for name in moving}
-    predicted = [*moving, *dynamics.clamped, *extras] if not how.fixed_predictions else []
-    mu = {name: state("prediction", name, initial[name]) for name in predicted}
-    kept = {name: state("gradient", name, start[name]) for name in leaves} if how.update_at != "after" else {}
-    if how.fixed_predictions:
-        mu = {name: initial[name] for name in (*moving, *dynamics.clamped, *extras)}
-
-    def clamp(at: Emitter, predictions: dict[str, gs.Tensor]) -> dict[str, gs.Tensor]:
-        """eps_out = dL/dmu_out at the prediction of this step."""
-        return {
-            c.tensor: LOSSES[c.loss].emit(at, predictions[c.tensor], training.target_of(c), c.class_axis)[1]
-            for c in training.clamps
-        }
-
-    now = _Step(inner, dynamics, {**outside, **(initial if how.fixed_predictions else x)}, mu, eps)
-    with inner.place("inference/clamp", vertex="inference", level=0, role="error"):
-        now.eps = {**eps, **(clamp(inner, mu) if not how.fixed_predictions else dict(training.clamped))}
-
-    following: dict[str, gs.Tensor] = {}
-    for name in leaves if how.update_at != "after" else ():
+    now = model.state(inner, x, mu, eps, computed)
+    for name, tensor in kept.items():
         level = level_of[name]
         with inner.place(f"{name}.gradient", vertex=name, level=level, role="update"):
-            pulled = now.value(dynamics.pulls(name, 0))
-            when = level - 1 if how.update_at == "level" else how.steps - 1
-            chosen = inner.Equal(t, inner.constant(np.asarray(when, np.int64)))
-            following[name] = kept[name] if pulled is None else inner.Where(chosen, pulled, kept[name])
-
-    moves: dict[str, gs.Tensor | None] = {}
-    moved = dict(x)
-    for name in moving:
+            pulled = model.value(inner, dynamics.pulls(name, 0), now)
+            t = level - 1 if how.update_at == "level" else how.steps - 1
+            chosen = inner.Equal(loop.round, inner.constant(np.asarray(t + before, np.int64)))
+            loop.hand_on(tensor, tensor if pulled is None else inner.Where(chosen, pulled, tensor))
+    moved: Tensors = {}
+    for name in model.moving:
         with inner.place(f"{name}.move", vertex=name, level=dynamics.level(name), role="error"):
-            moves[name] = now.value(dynamics.move(name, 0))
-            step = moves[name]
+            move = dynamics.move(name, 0)
+            step = model.value(inner, move, now)
+            if step is not None and stepping is not None:
+                step = now.made[move] = inner.Where(stepping, step, inner.scalar_like(0, step))
             moved[name] = x[name] if step is None else inner.Add(x[name], step)
-    current = {**outside, **moved}
-    later = dict(mu)
-    if not how.fixed_predictions:
-        for index, node in enumerate(flow.vertices):
+            loop.hand_on(x[name], moved[name])
+    following = now
+    if stepping is not None:
+        later = model.predict(inner, moved)
+        following = replace(now, computed=later)
+        read = None if read_after else loop.read()
+        for name, made in later.items():
+            loop.hand_on(computed[name], made)
+            with inner.place(f"{name}.prediction", vertex=name, role="forward"):
+                if not how.noise:
+                    # The first predictions have none before them; with noise they begin with its effect.
+                    now.computed[name] = inner.Where(stepping, computed[name], made)
+                if read is not None and mu[name].name not in read:
+                    loop.drop(mu[name])  # no rule reads it
+                elif onnx_io.is_float(made):
+                    loop.hand_on(mu[name], inner.Add(mu[name], inner.Sub(made, now.computed[name])))
+                else:
+                    loop.hand_on(mu[name], made)  # indices
+    for name in model.moving:
+        with inner.place(f"{name}.error", vertex=name, level=dynamics.level(name), role="error"):
+            error = dynamics.error(name, 1)
+            # With fixed predictions mu' is mu, and the drift mu' - mu is no term.
+            error = arithmetic(fixed_predictions(error)) if how.fixed_predictions else error
+            result = model.value(inner, error, now, following)
+            loop.hand_on(eps[name], inner.zeros_like(eps[name]) if result is None else result)
+    last = loop.finish(how.steps + before)
+
+    if read_after:
+        end_mu = mu if how.fixed_predictions else {name: last[t.name] for name, t in mu.items()}
+        values, errors = ({name: last[t.name] for name, t in of.items()} for of in (x, eps))
+        with op.place("inference/end", vertex="inference", role="error", step=how.steps):
+            end = model.state(op, values, end_mu, errors, {})
+    for name in sorted(leaves, key=level_of.__getitem__):
+        gradient: gs.Tensor | None
+        if read_after:
+            with op.place(f"{name}.gradient", vertex=name, level=level_of[name], role="update", step=how.steps):
+                gradient = model.value(op, dynamics.pulls(name, 0), end)
+        else:
+            gradient = last[kept[name].name]
+        training.gradient(name, gradient, level_of[name])
+
+
+def fixed_predictions(term: Term) -> Term:
+    """mu[i,t] = mu[i,0] at every t: an assumption, where ``unchanged_predictions`` is a fact."""
+    match term:
+        case Prediction(tensor, _):
+            return Prediction(tensor, 0)
+        case Sum(terms):
+            return Sum(tuple(map(fixed_predictions, terms)))
+        case Difference(a, b):
+            return Difference(fixed_predictions(a), fixed_predictions(b))
+        case Scaled(gamma, inner):
+            return Scaled(gamma, fixed_predictions(inner))
+    return term
+
+
+@dataclass(frozen=True)
+class _State:
+    """One step's state as tensors.
+
+    Attributes:
+        at: operands at which derivatives are taken: value nodes, leaves.
+        mu: predictions as rules and losses read them, optional outputs of vertices among them.
+        eps: prediction errors; what is absent is zero.
+        computed: predictions as this step computed them, which a drift is the difference of.
+        made: values of terms at this state, so that each is built once.
+    """
+
+    at: Tensors
+    mu: Tensors
+    eps: Tensors
+    computed: Tensors = field(default_factory=dict)
+    made: dict[Term, gs.Tensor | None] = field(default_factory=dict)
+    views: dict[int, _View] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A vertex at a state, as VJP rules read it: operands are value nodes, outputs are predictions."""
+
+    op: str
+    name: str
+    domain: str | None
+    attrs: dict[str, Any]
+    inputs: list[gs.Tensor]
+    outputs: list[gs.Tensor]
+
+    def subgraphs(self) -> list[gs.Graph]:
+        """Those of a control-flow operator."""
+        return [value for value in self.attrs.values() if isinstance(value, gs.Graph)]
+
+
+class _Model:
+    """The vertices, and what their tensors are worth in the forward pass."""
+
+    def __init__(self, training: TrainingGraph, dynamics: Dynamics, fixed: bool) -> None:
+        self.training, self.dynamics, self.fixed = training, dynamics, fixed
+        self.flow = dynamics.flow
+        made = [t.name for node in self.flow.vertices for t in node.outputs if t.name]
+        #: Value nodes that move: neither clamped nor outputs that no vertex reads.
+        self.moving = [n for n in made if n in self.flow.readers and n not in dynamics.clamped]
+        self.forward = self._forward()
+        #: Operands with a derivative.  The others stay at their forward values, though their vertex may move.
+        self._edges = {(e.consumer, e.operand) for e in self.flow.edges}
+
+    def _forward(self) -> Tensors:
+        """mu[.,0]; an identity vertex holds what it delays."""
+        made = {t.name: t for node in self.training.graph.nodes for t in node.outputs if t.name}
+        found: Tensors = {}
+        for node in self.flow.vertices:
+            for tensor in node.outputs:
+                if tensor.name in made:
+                    found[tensor.name] = made[tensor.name]
+                elif tensor.name:
+                    source = node.inputs[0].name
+                    found[tensor.name] = found.get(source) or self.training._tensors[source]
+        return found
+
+    def operands(self, vertex: int, at: Mapping[str, gs.Tensor]) -> tuple[list[gs.Tensor], dict[str, Any]]:
+        """Operands of a vertex at a state, and its attributes, whose subgraphs read that state too."""
+        node = self.flow.vertices[vertex]
+
+        def worth(k: int, tensor: gs.Tensor) -> gs.Tensor:
+            if not tensor.name:
+                return gs.Variable.empty()
+            known = at if (vertex, k) in self._edges else self.forward
+            return known[tensor.name] if tensor.name in known else self.training._tensors[tensor.name]
+
+        inputs = [worth(k, tensor) for k, tensor in enumerate(node.inputs)]
+        attrs = dict(node.attrs)
+        if any(isinstance(value, gs.Graph) for value in attrs.values()):
+            outer = {t.name: worth(len(inputs) + k, t) for k, t in enumerate(captured(node))}
+            for key, value in attrs.items():
+                if isinstance(value, gs.Graph):
+                    attrs[key] = copy_subgraph(value, outer)
+                    _rename(self.training.op, attrs[key])
+        return inputs, attrs
+
+    def predict(self, op: Emitter, x: Mapping[str, gs.Tensor]) -> Tensors:
+        """mu = g(x) of every vertex, by the vertices' own operators."""
+        made: Tensors = {}
+        for index, node in enumerate(self.flow.vertices):
             outputs = []
             for tensor in node.outputs:
-                made = gs.Variable(op.fresh(f"{tensor.name}.next"), tensor.dtype, tensor.shape) if tensor.name else tensor
-                outputs.append(made if tensor.name else gs.Variable.empty())
-                later[tensor.name] = made
-            made_node = copy_node(node, [current[o.name] if o.name else o for o in node.inputs], outputs)
-            made_node.name = op.fresh(f"inference/{flow.names[index]}")
-            made_node.metadata = {"zilc.vertex": flow.names[index], "zilc.role": "forward"}
-            body.nodes.append(made_node)
-    after: dict[str, gs.Tensor] = {}
-    for name in moving:
-        with inner.place(f"{name}.error", vertex=name, level=dynamics.level(name), role="error"):
-            # eps' = eps + (mu' - mu) - dx, the drift absent where predictions are fixed
-            total = eps[name] if how.fixed_predictions else inner.Add(eps[name], inner.Sub(later[name], mu[name]))
-            step = moves[name]
-            after[name] = total if step is None else inner.Sub(total, step)
+                out = gs.Variable.empty()
+                if tensor.name:
+                    like = self.forward[tensor.name]
+                    out = gs.Variable(op.fresh(f"{tensor.name}.next"), op.dtype(like), like.shape)
+                    made[tensor.name] = out
+                outputs.append(out)
+            inputs, attrs = self.operands(index, x)
+            copied = copy_node(node, inputs, outputs)
+            copied.attrs = attrs
+            copied.name = op.fresh(f"inference/{self.flow.names[index]}")
+            copied.metadata = {"zilc.vertex": self.flow.names[index], "zilc.role": "forward"}
+            op.graph.nodes.append(copied)
+        return made
 
-    for name in moving:
-        carried.append((x0[name], moved[name]))
-    for name in moving:
-        carried.append((eps0[name], after[name]))
-    for name in predicted:
-        carried.append((initial[name], later[name]))
-    for name in kept:
-        carried.append((start[name], following[name]))
-    body.outputs = [_result(inner, go, op, "inference/again")]
-    body.outputs += [_result(inner, tensor, op, f"{tensor.name}/out") for _, tensor in carried]
+    def state(self, op: Emitter, x: Tensors, mu: Tensors, eps: Tensors, computed: Tensors) -> _State:
+        """A state with the errors of the clamped outputs: eps_out = dL/dmu_out at the prediction of this step."""
+        clamped = dict(self.training.clamped)
+        if not self.fixed:
+            with op.place("inference/clamp", vertex="inference", level=0, role="error"):
+                for c in self.training.clamps:
+                    target = self.training.target_of(c)
+                    clamped[c.tensor] = LOSSES[c.loss].emit(op, mu[c.tensor], target, c.class_axis)[1]
+        return _State(self.forward if self.fixed else x, mu, {**eps, **clamped}, computed)
 
-    drop_dead(body)  # the losses' values
-    results = [gs.Variable(op.fresh(f"{out.name}.last"), dtype=op.dtype(first), shape=first.shape)
-               for out, (first, _) in zip(body.outputs[1:], carried, strict=True)]  # fmt: skip
-    count = op.constant(np.asarray(how.steps, np.int64))
-    loop = gs.Node("Loop", name=op.fresh("inference"), attrs={"body": body},
-                   inputs=[count, op.constant(np.asarray(True)), *[first for first, _ in carried]], outputs=results)  # fmt: skip
-    loop.metadata = {"zilc.vertex": "inference", "zilc.role": "error"}
-    training.graph.nodes.append(loop)
+    def value(self, op: Emitter, term: Term, *states: _State) -> gs.Tensor | None:
+        """A term as a tensor, its step t being the t-th of ``states``; None stands for zero."""
+        made = states[0].made
+        if term not in made:
+            made[term] = self._value(op, term, states)
+        return made[term]
 
-    if how.update_at == "after":
-        n = len(moving)
-        last_x = dict(zip(moving, results[:n], strict=True))
-        last_eps = dict(zip(moving, results[n : 2 * n], strict=True))
-        last_mu = dict(mu) if how.fixed_predictions else dict(zip(predicted, results[2 * n :], strict=True))
-        end = _Step(op, dynamics, {**outside, **(initial if how.fixed_predictions else last_x)}, last_mu, last_eps)
-        with op.place("inference/end", vertex="inference", level=0, role="error", step=how.steps):
-            end.eps = {**last_eps, **(dict(training.clamped) if how.fixed_predictions else clamp(op, last_mu))}
-        gradients = {}
-        for name in leaves:
-            with op.place(f"{name}.gradient", vertex=name, level=level_of[name], role="update", step=how.steps):
-                gradients[name] = end.value(dynamics.pulls(name, how.steps))
-    else:
-        gradients = dict(zip(kept, results[len(results) - len(kept) :], strict=True))
-    for name in sorted(leaves, key=level_of.__getitem__):
-        training.gradient(name, gradients[name], level_of[name])
+    def _value(self, op: Emitter, term: Term, states: tuple[_State, ...]) -> gs.Tensor | None:
+        match term:
+            case Error(tensor, t):
+                return states[t].eps.get(tensor)
+            case Prediction(tensor, t):
+                return states[t].computed[tensor]
+            case Pull(edge, t):
+                arriving = [states[t].eps.get(out.name) for out in self.flow.vertices[edge.consumer].outputs]
+                if all(g is None for g in arriving):
+                    return None
+                return table.vjp(op, self._view(edge.consumer, states[t]), edge.operand, arriving)
+            case Sum(terms):
+                total: gs.Tensor | None = None
+                for part in [self.value(op, inner, *states) for inner in terms]:
+                    if part is not None:
+                        total = part if total is None else op.Add(total, part)
+                return total
+            case Difference(a, b):
+                left, right = self.value(op, a, *states), self.value(op, b, *states)
+                if right is None:
+                    return left
+                return op.Neg(right) if left is None else op.Sub(left, right)
+            case Scaled(gamma, inner):
+                whole = self.value(op, inner, *states)
+                return whole if whole is None or gamma == 1.0 else op.Mul(whole, gamma)
+        raise TypeError(f"no term {term!r}")
+
+    def _view(self, vertex: int, state: _State) -> _View:
+        if vertex not in state.views:
+            node = self.flow.vertices[vertex]
+            outputs = [state.mu.get(t.name, t) for t in node.outputs]
+            inputs, attrs = self.operands(vertex, state.at)
+            state.views[vertex] = _View(node.op, node.name, node.domain, attrs, inputs, outputs)
+        return state.views[vertex]
 
 
-def _initial(training: TrainingGraph, dynamics: Dynamics) -> dict[str, gs.Tensor]:
-    """mu[.,0] of every output of an active vertex; an identity vertex holds what it delays."""
-    forward = {t.name: t for node in training.graph.nodes for t in node.outputs if t.name}
-    found: dict[str, gs.Tensor] = {}
-    everything = training._tensors
-    for node in dynamics.flow.vertices:
-        for tensor in node.outputs:
-            if not tensor.name:
-                continue
-            if tensor.name in forward:
-                found[tensor.name] = forward[tensor.name]
+def _start(op: Emitter, model: _Model, how: Literal) -> _State:
+    """The state before step 0: the forward pass, its value nodes moved off it by noise if asked."""
+    x, eps = {}, {}
+    for index, name in enumerate(model.moving):
+        mu = model.forward[name]
+        with op.place(f"{name}.start", vertex=name, role="error", step=0):
+            if how.noise:
+                noise = op.RandomNormalLike(mu, scale=float(how.noise), seed=float(index + 1))
+                x[name], eps[name] = op.Add(mu, noise), op.Neg(noise)
             else:
-                source = node.inputs[0].name
-                found[tensor.name] = found.get(source) or everything[source]
-    return found
+                x[name], eps[name] = mu, op.zeros_like(mu)
+    return _State(x, dict(model.forward), eps, dict(model.forward))
 
 
-def _outside(training: TrainingGraph, dynamics: Dynamics) -> dict[str, gs.Tensor]:
-    """Operands that do not move: leaves, and values frozen in the forward pass.
+def _rename(op: Emitter, inner: gs.Graph) -> None:
+    """Names of its own for what a copied subgraph makes: a name stands for one tensor in the whole model."""
+    for node in inner.nodes:
+        for nested in node.subgraphs():
+            _rename(op, nested)
+    for tensor in (*inner.inputs, *(t for node in inner.nodes for t in node.outputs)):
+        if tensor.name:
+            tensor.name = op.fresh(tensor.name)
 
-    A constant gets a twin of another name: the body would otherwise be written with an initializer that shadows it.
+
+class _Loop:
+    """An ONNX Loop under construction: each carried tensor begins outside and is handed on by the body.
+
+    Attributes:
+        op: emits into the body.
+        round: how many rounds are done, inside the body.
     """
-    found: dict[str, gs.Tensor] = {}
-    for node in dynamics.flow.vertices:
-        for tensor in node.inputs:
-            if tensor.name and tensor.name in training._tensors and tensor.name not in found:
-                own = training._tensors[tensor.name]
-                if isinstance(own, gs.Constant):
-                    own = gs.Constant(training.op.fresh(f"{own.name}/inner"), own._values)
-                found[tensor.name] = own
-    return found
 
+    def __init__(self, op: Emitter) -> None:
+        self._outside = op
+        self.op = op.inside()  # the two share their names, so that the body shadows nothing outside
+        self.body = self.op.graph
+        self.body.name = "inference_step"
+        self.round = gs.Variable(op.fresh("inference/round"), np.dtype(np.int64), [])
+        self._go = gs.Variable(op.fresh("inference/go"), np.dtype(bool), [])
+        self.body.inputs = [self.round, self._go]
+        self._first: Tensors = {}
+        self._next: Tensors = {}
 
-def _result(inner: Emitter, tensor: gs.Tensor, op: Emitter, name: str) -> gs.Variable:
-    """A body output of its own: never an input, nor a tensor from outside."""
-    made = gs.Variable(op.fresh(name), dtype=op.dtype(tensor), shape=tensor.shape)
-    node = gs.Node("Identity", name=made.name, inputs=[tensor], outputs=[made])
-    node.metadata = {"zilc.role": "error"}
-    inner.graph.nodes.append(node)
-    return made
+    def carry(self, name: str, first: gs.Tensor) -> gs.Variable:
+        """The body's tensor for what begins as ``first``."""
+        op = self._outside
+        op.dims(first)
+        made = gs.Variable(op.fresh(name), dtype=op.dtype(first), shape=first.shape)
+        self.body.inputs.append(made)
+        self._first[made.name] = first
+        return made
 
+    def hand_on(self, carried: gs.Variable, following: gs.Tensor) -> None:
+        """What a carried tensor is in the next step."""
+        self._next[carried.name] = following
 
+    def drop(self, carried: gs.Variable) -> None:
+        """Carry it no more: the body does not read it."""
+        self.body.inputs.remove(carried)
+        del self._first[carried.name]
+
+    def read(self) -> set[str]:
+        """What the body's nodes read so far."""
+        found = {t.name for node in self.body.nodes for t in node.inputs}
+        return found.union(t.name for node in self.body.nodes if node.attrs for t in captured(node))
+
+    def finish(self, rounds: int) -> Tensors:
+        """Append the Loop; the last values, by the carried tensors' names in the body."""
+        op = self._outside
+        self.body.outputs = [self._result(self._go, "inference/again")]
+        self.body.outputs += [self._result(self._next[name], f"{name}.next") for name in self._first]
+        drop_dead(self.body)  # the losses' values, for one
+        last: Tensors = {
+            name: gs.Variable(op.fresh(f"{name}.last"), dtype=op.dtype(first), shape=first.shape)
+            for name, first in self._first.items()
+        }
+        count, go = op.constant(np.asarray(rounds, np.int64)), op.constant(np.asarray(True))
+        node = gs.Node(
+            "Loop", name=op.fresh("inference"), attrs={"body": self.body},
+            inputs=[count, go, *self._first.values()], outputs=list(last.values()),
+        )  # fmt: skip
+        node.metadata = {"zilc.vertex": "inference", "zilc.role": "error"}
+        op.graph.nodes.append(node)
+        return last
+
+    def _result(self, tensor: gs.Tensor, name: str) -> gs.Variable:
+        """A body output of its own: never an input, nor a tensor from outside."""
+        made = gs.Variable(self.op.fresh(name), dtype=self.op.dtype(tensor), shape=tensor.shape)
+        node = gs.Node("Identity", name=made.name, inputs=[tensor], outputs=[made])
+        node.metadata = {"zilc.role": "error"}
+        self.body.nodes.append(node)
+        return made

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import Dataflow
+from zilc.graph import Dataflow, every_node
 
 #: Values are looked at only in tensors smaller than this; larger ones are never read.
 READ_LIMIT = 1 << 20
@@ -31,6 +31,9 @@ _NORMALIZATION = frozenset(
 _PRODUCT = frozenset({"MatMul", "Gemm", "Einsum"})
 _CONVOLUTION = frozenset({"Conv", "ConvTranspose", "DeformConv", "CausalConvWithState"})
 _WEIGHTED = _RECURRENT | _NORMALIZATION | _PRODUCT | _CONVOLUTION | {"PRelu"}
+_QUANTISED = frozenset(
+    {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+)
 #: (operator, operand) pairs that bound, compare, index, scale or pad.
 _SERVANT = {
     "Clip": "bounds a Clip", "Resize": "scales a Resize", "Upsample": "scales an Upsample", "Pad": "pads",
@@ -76,7 +79,7 @@ class Selection:
 def candidates(graph: gs.Graph, flow: Dataflow) -> list[Candidate]:
     """Every floating initializer with the default verdict."""
     consumers: dict[str, list[tuple[gs.Node, int]]] = {}
-    for node in graph.nodes:
+    for node in every_node(graph):
         for k, tensor in enumerate(node.inputs):
             if tensor.name:
                 consumers.setdefault(tensor.name, []).append((node, k))
@@ -194,7 +197,12 @@ def _mask(tensor: gs.Constant, weighty: list[tuple[gs.Node, int]]) -> str:
 
 
 def select(
-    graph: gs.Graph, flow: Dataflow, *, wrt: Sequence[str] | None = None, freeze: Sequence[str] | None = None, where: str = ""
+    graph: gs.Graph,
+    flow: Dataflow,
+    *,
+    wrt: Sequence[str] | None = None,
+    freeze: Sequence[str] | None = None,
+    where: str = "",
 ) -> Selection:
     """The trained leaves by the default rule, or those that ``wrt`` names; ``freeze`` takes parameters out.
 
@@ -265,7 +273,7 @@ def _no_match(pattern: str, names: Sequence[str] | dict, inputs: Sequence[str], 
 
 
 def _nothing(found: list[Candidate], flow: Dataflow) -> str:
-    quantised = [n for n in flow.graph.nodes if n.op in ("QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")]
+    quantised = [n for n in flow.graph.nodes if n.op in _QUANTISED]
     if quantised:
         node = quantised[0]
         return (

@@ -1,13 +1,14 @@
 """From a model as an exporter wrote it to the graph that levels are found in.
 
 The order is that of :func:`prepare`: functions inlined, opset settled, dimensions fixed, shapes inferred, constants
-lifted, ties made, Identity nodes removed; then the trained outputs are chosen and given a terminal vertex where they
-need one.  The caller's ModelProto is never changed.
+lifted, control flow of known course written out, sequences taken apart, recurrences unrolled, Identity nodes removed,
+ties made; then the trained outputs are chosen and given a terminal vertex where they need one.  The caller's
+ModelProto is never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,12 @@ from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Rebuild
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
+from zilc.passes.inline import inline_control_flow, lift_inner_constants
+from zilc.passes.sequences import resolve_sequences
+from zilc.passes.unroll import unroll
 
+#: Recurrences that ONNX says by a loop: what is in the loop are the vertices.
+_BY_BODY = frozenset({("", "LinearAttention")})
 #: Initializers above this many elements do not travel through onnx's version converter.
 _SMALL = 256
 
@@ -70,9 +76,17 @@ def prepare(
     proto = infer_shapes(proto, source.name)
     graph = onnx_io.to_graph(proto, source.base_dir)
     graph.opset = _opset(proto)
+    lift_inner_constants(graph)
     graph = lift_constants(graph)
+    graph = name_casts(graph)
+    notes: list[str] = []
+    graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
+    straight = inline_control_flow(graph, notes)
+    graph = graph if straight is graph else reinfer(straight)
+    graph = resolve_sequences(graph)
+    graph = unroll(graph, notes)
     graph = remove_identities(graph, keep=keep)
-    prepared = Prepared(graph, source)
+    prepared = Prepared(graph, source, notes=notes)
     if ties:
         prepared.graph = tie_leaves(graph, ties, prepared.ties)
     return prepared
@@ -118,6 +132,7 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             where=where,
             hint="Upgrade onnx, or export with a lower opset.",
         )
+    proto = _inline_newer(proto, target)
     if current == target:
         return proto
     changed = _changed_operators(proto.graph.node, current, target)
@@ -132,6 +147,65 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             where=where,
             hint=f"Export the model with opset {MIN_OPSET} to {MAX_OPSET}.",
         ) from error
+
+
+def _inline_newer(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    """Operators that opset ``target`` lacks, those of ONNX's preview domain, and ``_BY_BODY`` become their bodies.
+
+    No runtime of the day has kernels for them; one without a function body stays, and is reported later.
+    """
+    found: set[tuple[str, str]] = set()
+    for node in _all_nodes(proto.graph):
+        if node.domain == "ai.onnx.preview" or (node.domain, node.op_type) in _BY_BODY:
+            found.add((node.domain, node.op_type))
+        elif node.domain in ("", "ai.onnx") and not _exists(node.op_type, target) and onnx.defs.has(node.op_type):
+            found.add(("", node.op_type))
+    if not found:
+        return proto
+    try:
+        return onnx.inliner.inline_selected_functions(proto, sorted(found), exclude=False, inline_schema_functions=True)
+    except RuntimeError:  # it wants a type for each operand, absent ones too
+        return onnx.inliner.inline_local_functions(_with_functions(proto, found))
+
+
+def _with_functions(proto: onnx.ModelProto, operators: Collection[tuple[str, str]]) -> onnx.ModelProto:
+    """A local function for each node of these operators: the body that its schema builds for the node's types."""
+    made = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    kinds = {i.name: i.type for i in (*made.graph.input, *made.graph.value_info, *made.graph.output)}
+    for tensor in made.graph.initializer:
+        kinds[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
+    version = _opset(proto)
+    for count, node in enumerate(made.graph.node):
+        if (node.domain, node.op_type) not in operators:
+            continue
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        types = [kinds.get(name, onnx.TypeProto()).SerializeToString() for name in node.input]
+        since = [v for v in schema.context_dependent_function_opset_versions if v <= version]
+        if not since:
+            continue
+        body = schema.get_context_dependent_function_with_opset_version(max(since), node.SerializeToString(), types)
+        function = onnx.FunctionProto.FromString(body)
+        function.domain, function.name = "zilc.body", f"{node.op_type}_{count}"
+        node.domain, node.op_type = function.domain, function.name
+        made.functions.append(function)
+    made.opset_import.append(onnx.helper.make_opsetid("zilc.body", 1))
+    return made
+
+
+def _exists(op: str, opset: int) -> bool:
+    try:
+        onnx.defs.get_schema(op, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    return True
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
 
 
 def _changed_operators(nodes: Sequence[onnx.NodeProto], current: int, target: int) -> set[str]:
@@ -266,6 +340,30 @@ def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         ) from error
 
 
+def reinfer(graph: gs.Graph) -> gs.Graph:
+    """Shapes of inner tensors inferred anew (in place): what a branch or a loop left open may follow now."""
+    outputs = {t.name for t in graph.outputs}
+    made = [t for node in graph.nodes for t in node.outputs if t.name and t.name not in outputs]
+    inner = [t for t in made if getattr(t, "type", "tensor_type") in ("tensor_type", None)]
+    before = {t.name: t.shape for t in inner}
+    for tensor in inner:
+        tensor.shape = None
+    found = {}
+    try:
+        proto = onnx.shape_inference.infer_shapes(onnx_io.to_proto(graph), data_prop=True)
+        found = {i.name: i.type.tensor_type for i in proto.graph.value_info if i.type.HasField("tensor_type")}
+    except Exception:  # GraphSurgeon cannot write every graph out, nor onnx infer it: what was known stays
+        found = {}
+    for tensor in inner:
+        kind = found.get(tensor.name)
+        if kind is not None and kind.HasField("shape"):
+            dims = kind.shape.dim
+            tensor.shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in dims]
+        else:
+            tensor.shape = before[tensor.name]
+    return graph
+
+
 # --- constants, ties, identities ------------------------------------------------------------------------------
 
 
@@ -310,6 +408,26 @@ def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
         fill = onnx_io.values(value).reshape(-1)[0] if value is not None else np.float32(0)
         return FilledValues([int(n) for n in shape], fill)
     return None
+
+
+def name_casts(graph: gs.Graph) -> gs.Graph:
+    """CastLike becomes Cast where the dtype is known: onnxruntime folds constants through Cast alone, and says so.
+
+    Before:  x, like -> CastLike -> y
+    After:   x -> Cast -> y
+    """
+    if not any(node.op == "CastLike" for node in graph.nodes):
+        return graph
+    rebuild = Rebuild(graph)
+    for node in graph.nodes:
+        dtype = node.inputs[1].dtype if node.op == "CastLike" and node.domain in (None, "", "ai.onnx") else None
+        if dtype is None:
+            rebuild.add(node)
+            continue
+        made = rebuild.add(node, [rebuild.tensor(node.inputs[0])])
+        made.op = "Cast"
+        made.attrs["to"] = onnx_io.onnx_dtype(dtype)
+    return rebuild.finish()
 
 
 def remove_identities(graph: gs.Graph, *, keep: Collection[str] = ()) -> gs.Graph:

@@ -22,7 +22,7 @@ from zilc.optimizers import Optimizer
 from zilc.passes.dynamics import Error, Pull, Sum, Term
 from zilc.passes.levels import Levels
 from zilc.passes.wavefront import Schedule
-from zilc.vjp import table
+from zilc.vjp import control_flow, table
 
 Outputs = Literal["next", "grad", "both"]
 
@@ -273,16 +273,18 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
     Raises:
         MissingRule: all vertices that have none, at once.
     """
-    live = flow.upstream_of(leaves)
     missing = []
-    for v in sorted(live):
-        node = flow.vertices[v]
-        rule = table.lookup(node, flow.graph.opset)
+    for v in sorted(flow.upstream_of(leaves)):
+        node, opset = flow.vertices[v], flow.graph.opset
+        rule = table.lookup(node, opset)
         captured = any(e.operand >= len(node.inputs) for e in flow.operands[v])
-        if rule is None or captured:
-            missing.append(
-                describe_vertex(flow.names[v], node.op, opset=flow.graph.opset, level=levels.vertices[v])
-            )
+        if rule is None or (captured and rule.whole is None):
+            missing.append(describe_vertex(flow.names[v], node.op, opset=opset, level=levels.vertices[v]))
+            continue
+        inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
+        for inner in control_flow.without_rule(node, opset, inside) if rule.whole is not None else ():
+            where_inside = f"{flow.names[v]}/{inner.name or inner.outputs[0].name}"
+            missing.append(describe_vertex(where_inside, inner.op, opset=opset, level=levels.vertices[v]))
     if missing:
         raise MissingRule(missing, where=where)
 
@@ -292,7 +294,7 @@ def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> No
     for v in sorted(flow.upstream_of(leaves)):
         node = flow.vertices[v]
         rule = table.lookup(node, flow.graph.opset)
-        if rule is not None and rule.extra_outputs:
+        if rule is not None:
             table.ensure_outputs(op, node, rule)
 
 

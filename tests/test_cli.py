@@ -111,7 +111,7 @@ def test_help_is_instant() -> None:
     [
         (["compile"], "No such command 'compile'"),
         (["levelize"], "Missing argument 'MODEL.onnx'"),
-        (["levelize", "m.onnx", "--identities", "min"], "'min' is not one of"),
+        (["levelize", "m.onnx", "--identities", "most"], "'most' is not one of"),
         (["levelize", "m.onnx", "--identities", "none", "-o", "x.onnx"], "--identities none only reports"),
         (["levelize", "m.onnx", "--colour"], "No such option"),
         (["emit-training", "m.onnx", "--tie", "a"], "'a' is not of the form A=B"),
@@ -138,10 +138,11 @@ def test_nothing_said_is_help_and_2(zilc: Command) -> None:
 
 
 def test_option_names_match_the_library() -> None:
-    from zilc import losses, optimizers, options
+    from zilc import losses, optimizers, options, pipeline
 
     assert tuple(losses.LOSSES) == options.LOSSES
     assert tuple(optimizers.DEFAULTS) == options.OPTIMIZERS
+    assert pipeline.PLACEMENTS == options.PLACEMENTS
 
 
 # --- levelize ---------------------------------------------------------------------------------------------------
@@ -234,6 +235,9 @@ def test_emit_training_says_what_is_left_out_and_why(zilc: Command, skip: str) -
         ["--outputs", "grad", "--wrt", "x", "--wrt", "w*"],
         ["--algorithm", "bp", "--loss", "mse"],
         ["--identities", "edge", "--loss", "y=bce-with-logits"],
+        ["--identities", "min-bytes"],
+        ["--schedule", "literal", "--identities", "none", "--gamma", "0.5", "--steps", "7", "--update-at", "end"],
+        ["--algorithm", "il", "--fixed-predictions", "--init-noise", "0.01"],
         ["--output", "y", "--output", "a1", "--loss", "energy", "--loss", "y=cross-entropy", "--class-axis", "-1"],
         ["--dim", "N=4", "--opset", "21"],
     ],
@@ -352,7 +356,8 @@ def test_ops(zilc: Command) -> None:
     assert status["MatMul"] == "rule"
     assert status["Shape"] == "no gradient"
     assert status["CenterCropPad"] == "function body"
-    assert status["Loop"] == "control flow"
+    assert status["SequenceAt"] == "taken apart"
+    assert data["counts"]["missing"] == 0
     assert sum(data["counts"].values()) == len(names)
     result = zilc("ops")
     assert result.status == 0

@@ -76,7 +76,8 @@ def test_several_outputs_add_up():
     step = zilc.emit_training(
         proto, output=["a", "b"], wrt="x", outputs="grad", loss=["mse", "b=cross-entropy"]
     )
-    assert [(t["name"], t["loss"]) for t in step.signature["targets"]] == [("target.a", "mse"), ("target.b", "cross-entropy")]
+    targets = [(t["name"], t["loss"]) for t in step.signature["targets"]]
+    assert targets == [("target.a", "mse"), ("target.b", "cross-entropy")]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 3))
     ya, yb = rng.standard_normal((4, 3)), rng.integers(0, 3, 4)

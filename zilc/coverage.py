@@ -8,6 +8,7 @@ import onnx.defs
 
 import zilc.vjp  # noqa: F401  (fills the table)
 from zilc.onnx_io import MAX_OPSET
+from zilc.passes.sequences import OPERATORS as SEQUENCES
 from zilc.vjp.table import TABLE
 
 #: How a cotangent passes an operator; the order is that of the summary.
@@ -15,6 +16,7 @@ STATUSES = {
     "rule": "a VJP rule in the table",
     "function body": "derived from the operator's function body",
     "control flow": "an operator with subgraphs",
+    "taken apart": "replaced by its tensors before levels are found, where its content is known",
     "no gradient": "nothing flows through it",
     "missing": "an error on a path to a trained leaf",
     "deprecated": "replaced when a model is raised to opset 18",
@@ -41,6 +43,8 @@ def _row(schema: Any, opset: int) -> dict[str, Any]:
     note = rule.note if rule is not None else ""
     if schema.deprecated:
         status, note = "deprecated", note or STATUSES["deprecated"]
+    elif schema.name in SEQUENCES:
+        status, note = "taken apart", note or STATUSES["taken apart"]
     elif rule is not None:
         status = "rule" if rule.differentiable else "no gradient"
     elif any(a.type == onnx.defs.OpSchema.AttrType.GRAPH for a in schema.attributes.values()):

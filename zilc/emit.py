@@ -26,7 +26,7 @@ _BOOL_OUTPUT = frozenset(
     {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"}
 )
 #: Which operand gives the output its dtype, where it is not the first.
-_DTYPE_OPERAND = {"Where": 1, "OneHot": 2}
+_DTYPE_OPERAND = {"Where": 1, "OneHot": 2, "DequantizeLinear": 1}
 
 
 class Emitter:
@@ -42,6 +42,8 @@ class Emitter:
         self.names = set(names) if names is not None else _names(graph)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
+        #: Results of rules that give the cotangents of all operands at once.
+        self.shared: dict[tuple, Any] = {}
         self._prefix = "zilc"
         self._metadata: dict[str, str] = {}
 
@@ -66,6 +68,16 @@ class Emitter:
             yield
         finally:
             self._prefix, self._metadata = old
+
+    @property
+    def prefix(self) -> str:
+        """What names of emitted nodes begin with here."""
+        return self._prefix
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What emitted nodes carry here."""
+        return dict(self._metadata)
 
     # -- operators --
 
@@ -127,6 +139,16 @@ class Emitter:
             numbers = [*np.asarray(amounts).reshape(-1), 0]
             full = [int(numbers[k]) for k in entries]
         return self.emit("Pad", x, full, value, **attrs)
+
+    def inside(self) -> Emitter:
+        """An emitter for a subgraph of one of this graph's nodes: the two share their names."""
+        made = Emitter(gs.Graph(opset=self.graph.opset), set())
+        made.names, made._prefix = self.names, self._prefix
+        return made
+
+    def forget(self) -> None:
+        """From here on operators are emitted anew, even those that exist: each time step has vertices of its own."""
+        self._made.clear()
 
     def _append(
         self, op_type: str, domain: str | None, inputs: list[gs.Tensor], attrs: dict[str, Any], outputs: int

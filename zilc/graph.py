@@ -7,7 +7,7 @@ output.  Everything else is frozen at its forward value and takes no part in lev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,13 +101,50 @@ DifferentiableOperand = Callable[[gs.Node, int], bool]
 
 
 def captured(node: gs.Node) -> list[gs.Tensor]:
-    """Outer tensors that the subgraphs of a control-flow node read."""
+    """Outer tensors that the subgraphs of a control-flow node read, constants among them."""
     found: dict[str, gs.Tensor] = {}
     for inner in node.subgraphs():
-        for name, tensor in inner._foreign_tensors().items():
-            if name:
-                found.setdefault(name, tensor)
+        for tensor in onnx_io.foreign(inner):
+            found.setdefault(tensor.name, tensor)
     return list(found.values())
+
+
+def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
+    """The nodes of a graph, and of its subgraphs."""
+    for node in graph.nodes:
+        yield node
+        for inner in node.subgraphs():
+            yield from every_node(inner)
+
+
+def copy_subgraph(inner: gs.Graph, outer: Mapping[str, gs.Tensor]) -> gs.Graph:
+    """A copy of ``inner``; what it does not make itself is read from ``outer`` by name.
+
+    GraphSurgeon's own copy gives each subgraph constants of its own; here a constant stays one leaf.
+    """
+    known: dict[str, gs.Tensor] = dict(outer)
+
+    def tensor(old: gs.Tensor) -> gs.Tensor:
+        if not old.name:
+            return gs.Variable.empty()
+        if old.name not in known:
+            known[old.name] = copy_tensor(old)
+        return known[old.name]
+
+    for local in (*inner.inputs, *(t for node in inner.nodes for t in node.outputs)):
+        if local.name:
+            known[local.name] = copy_tensor(local)
+    nodes = []
+    for node in inner.nodes:
+        made = copy_node(node, [tensor(t) for t in node.inputs], [tensor(t) for t in node.outputs])
+        for key, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                made.attrs[key] = copy_subgraph(value, {t.name: tensor(t) for t in onnx_io.foreign(value)})
+        nodes.append(made)
+    return gs.Graph(
+        nodes, [tensor(t) for t in inner.inputs], [tensor(t) for t in inner.outputs],
+        name=inner.name, doc_string=inner.doc_string, opset=inner.opset, import_domains=inner.import_domains,
+    )  # fmt: skip
 
 
 def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: DifferentiableOperand) -> Dataflow:
@@ -239,8 +276,8 @@ class Rebuild:
         )
         for key, inner in node.attrs.items():
             if isinstance(inner, gs.Graph):
-                outer = {name: self.tensor(t) for name, t in inner._foreign_tensors().items() if name}
-                made.attrs[key] = inner.copy({**outer, **(moved or {})})
+                outer = {t.name: self.tensor(t) for t in onnx_io.foreign(inner)}
+                made.attrs[key] = copy_subgraph(inner, {**outer, **(moved or {})})
         self.nodes.append(made)
         return made
 
@@ -259,5 +296,5 @@ class Rebuild:
             producer_version=old.producer_version,
             ir_version=old.ir_version,
         )
-        made.metadata = dict(getattr(old, "metadata", {}))
+        made.metadata = dict(vars(old).get("metadata", {}))
         return made

@@ -7,6 +7,7 @@ lies) is carried here, and its logger, which writes to stdout, is kept silent.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
@@ -247,7 +248,19 @@ def is_float(tensor: gs.Tensor) -> bool:
     if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
         return False
     dtype = np_dtype(tensor.dtype)
-    return dtype is not None and dtype.name in FLOATS
+    return dtype is not None and _is_float_dtype(dtype)
+
+
+@functools.cache
+def _is_float_dtype(dtype: np.dtype) -> bool:
+    """numpy works a dtype's name out each time, and large graphs ask often."""
+    return dtype.name in FLOATS
+
+
+def holds_float64(model: onnx.ModelProto) -> bool:
+    """Whether an input or output of the model is float64."""
+    interface = (*model.graph.input, *model.graph.output)
+    return any(i.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for i in interface)
 
 
 def may_hold_floats(tensor: gs.Tensor) -> bool:
@@ -280,7 +293,23 @@ def to_graph(proto: onnx.ModelProto, base_dir: str = "") -> gs.Graph:
                 tensor._values = ExternalValues(lazy.tensor, base_dir)
         elif tensor.dtype is not None and isinstance(tensor.dtype, int):
             tensor.dtype = np_dtype(tensor.dtype) or tensor.dtype
+    _set_apart(graph)
     return graph
+
+
+def _set_apart(graph: gs.Graph) -> None:
+    """Constants of different subgraphs may share a name in a file; here a name is one tensor (in place)."""
+    taken = {t.name: t for t in tensors(graph).values()}
+    for inner in graph.subgraphs(recursive=True):
+        for node in inner.nodes:
+            for tensor in node.inputs:
+                if not isinstance(tensor, gs.Constant) or taken.setdefault(tensor.name, tensor) is tensor:
+                    continue
+                name, count = tensor.name, 0
+                while name in taken:
+                    count += 1
+                    name = f"{tensor.name}_{count}"
+                tensor.name, taken[name] = name, tensor
 
 
 class EmptyList(list):
@@ -292,15 +321,36 @@ class EmptyList(list):
 
 
 def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
-    """Every tensor of the graph by name, in the order inputs, node outputs and operands, outputs."""
+    """Every tensor of the graph by name, in the order inputs, node outputs and operands, outputs.
+
+    Operands of a control-flow node are what its subgraphs read from outside too, their constants among it.
+    """
     found: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
     for node in graph.nodes:
         for tensor in (*list(node.inputs), *list(node.outputs)):
             if tensor.name:
                 found.setdefault(tensor.name, tensor)
+        for inner in node.subgraphs():
+            for tensor in foreign(inner):
+                found.setdefault(tensor.name, tensor)
     for tensor in graph.outputs:
         found.setdefault(tensor.name, tensor)
     return found
+
+
+def foreign(inner: gs.Graph) -> list[gs.Tensor]:
+    """What a subgraph reads and does not make, in order of first use: outer tensors, and constants of its own."""
+    made = {t.name for t in inner.inputs} | {t.name for node in inner.nodes for t in node.outputs}
+    found: dict[str, gs.Tensor] = {}
+    for node in inner.nodes:
+        nested = [t for graph in node.subgraphs() for t in foreign(graph)]
+        for tensor in (*node.inputs, *nested):
+            if tensor.name and tensor.name not in made:
+                found.setdefault(tensor.name, tensor)
+    for tensor in inner.outputs:
+        if tensor.name and tensor.name not in made:
+            found.setdefault(tensor.name, tensor)
+    return list(found.values())
 
 
 def values(tensor: gs.Constant) -> np.ndarray:
@@ -337,6 +387,7 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         for key, value in (getattr(node, "metadata", None) or {}).items():
             made.metadata_props.append(onnx.StringStringEntryProto(key=key, value=str(value)))
     _write_filled(graph, proto)
+    _strip_shadows(proto.graph, {i.name for i in (*proto.graph.input, *proto.graph.initializer)})
     del proto.opset_import[:]
     used = _used_domains(proto.graph.node)
     for entry in graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)]:
@@ -344,13 +395,35 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         if domain in used or domain == "":
             version = graph.opset if domain == "" else entry.version
             proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
-    for key, value in (getattr(graph, "metadata", None) or {}).items():
+    if "" not in {o.domain for o in proto.opset_import}:  # a model of other domains alone: what is emitted is not
+        proto.opset_import.append(onnx.helper.make_opsetid("", graph.opset))
+    # Not getattr: GraphSurgeon takes an unknown name for an operator, and complains on stdout.
+    for key, value in (vars(graph).get("metadata") or {}).items():
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     proto.ir_version = ir_version or graph.ir_version or 10
     if infer:
         # Values are not needed to infer shapes, except small ones; large models exceed protobuf's limit anyway.
         proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     return proto
+
+
+def _strip_shadows(graph: onnx.GraphProto, outer: set[str]) -> None:
+    """GraphSurgeon writes a constant into every graph that reads it; where an outer graph has it, that one holds."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type != onnx.AttributeProto.GRAPH:
+                continue
+            inner = attribute.g
+            made = {i.name for i in inner.input} | {name for n in inner.node for name in n.output}
+            kept = [t for t in inner.initializer if t.name not in outer]
+            if len(kept) < len(inner.initializer):
+                del inner.initializer[:]
+                inner.initializer.extend(kept)
+            # Shapes of outer tensors are noted outside.
+            infos = [v for v in inner.value_info if v.name in made]
+            del inner.value_info[:]
+            inner.value_info.extend(infos)
+            _strip_shadows(inner, outer | {t.name for t in kept})
 
 
 def _used_domains(nodes: Any) -> set[str]:
@@ -448,12 +521,22 @@ def infer_types(
         if kind.tensor_type.HasField("shape"):
             dims = kind.tensor_type.shape.dim
             shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in dims]
-        if shape is None and node.op == "Split" and node.inputs[0].shape is not None:
-            # Lengths known only at run time leave the axis open, not the rank.
-            shape = list(node.inputs[0].shape)
-            shape[node.attrs.get("axis", 0)] = None
+        if shape is None:
+            shape = _rank_at_least(node)
         result.append((np_dtype(kind.tensor_type.elem_type), shape))
     return result
+
+
+def _rank_at_least(node: gs.Node) -> list[int | str | None] | None:
+    """Operands known only at run time leave the sizes open, not the number of dimensions."""
+    if node.op == "Split" and node.inputs[0].shape is not None:
+        shape = list(node.inputs[0].shape)
+        shape[node.attrs.get("axis", 0)] = None
+        return shape
+    if node.op == "Reshape" and node.inputs[1].shape is not None:
+        (rank,) = node.inputs[1].shape
+        return [None] * int(rank) if isinstance(rank, (int, np.integer)) else None
+    return None
 
 
 def check_full(proto: onnx.ModelProto) -> None:

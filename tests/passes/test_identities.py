@@ -14,7 +14,7 @@ OUTPUT = {"chain": None, "skip": None, "weave": ["h", "y"]}
 
 
 def paths(proto: onnx.ModelProto, outputs: list[str]) -> dict[str, set[int]]:
-    """Lengths of all paths from each tensor to the outputs, over every edge of the file (these graphs have no frozen one)."""
+    """Lengths of all paths from each tensor to the outputs, over every edge of the file (none is frozen here)."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in proto.graph.node:
         for name in node.input:
@@ -59,7 +59,9 @@ def test_outputs_are_bit_identical(name, placement):
 
 def test_counts_by_hand():
     report = zilc.levelize(model(SKIP)).report
-    assert {k: v["vertices"] for k, v in report["identities"].items()} == {"edge": 3, "shared": 3}
+    assert {k: v["vertices"] for k, v in report["identities"].items()} == {
+        "edge": 3, "shared": 3, "min": 3, "min-bytes": 3,
+    }  # fmt: skip
     assert report["identities"]["shared"]["bytes_formula"] == "48*N"  # three chains of [N, 4] float32
     report = zilc.levelize(model(WEAVE), output=["h", "y"]).report
     # w: levels 6 -> 2 and 5; b: 4 -> 0 and 3; a is used twice by one op; h.value: 3 -> the terminal
@@ -96,7 +98,10 @@ def test_captured_operand_of_a_branch_is_delayed():
     g (float[4] x, bool c) => (float[4] y) {
       a = Tanh(x)
       b = Exp(a)
-      y = If (c) <then_branch = t () => (float[4] p) { p = Add(a, b) }, else_branch = e () => (float[4] q) { q = Sub(b, a) }>
+      y = If (c) <
+        then_branch = t () => (float[4] p) { p = Add(a, b) },
+        else_branch = e () => (float[4] q) { q = Sub(b, a) }
+      >
     }"""
     proto = onnx.parser.parse_model(text)
     made = zilc.levelize(proto).model

@@ -53,9 +53,9 @@ def test_levels_do_not_depend_on_what_is_trained():
     ],
 )
 def test_edges_without_a_derivative_take_no_part(line, frozen):
-    text = """<ir_version: 10, opset_import: ["" : 18]>
-    g (float[N,4] x) => (float[N,4] h2) <float[4,4] w> { h1 = MatMul(x, w)
-    %s }""" % line
+    text = f"""<ir_version: 10, opset_import: ["" : 18]>
+    g (float[N,4] x) => (float[N,4] h2) <float[4,4] w> {{ h1 = MatMul(x, w)
+    {line} }}"""
     found = pipeline.structure(model(text))
     assert not frozen & set(found.flow.names)
     assert found.levels.depth == 2

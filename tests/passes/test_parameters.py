@@ -36,7 +36,7 @@ def test_scalars_and_single_elements():
     trained, left = verdicts(HEAD + body, {"w": R((4, 4)), "s": R(()), "e": R(1), "p": R(1)})
     assert trained == ["w", "p"]
     assert left == {"s": "rank 0", "e": "one element, neither bias nor slope"}
-    text = '<ir_version: 10, opset_import: ["" : 18]> g (float[N,4] x) => (float[N,1] y) { a = MatMul(x, w)  y = Add(a, b) }'
+    text = HEAD.replace("(float[N,4] y)", "(float[N,1] y)") + "{ a = MatMul(x, w)  y = Add(a, b) }"
     assert verdicts(text, {"w": R((4, 1)), "b": R(1)})[0] == ["w", "b"]
 
 
@@ -57,14 +57,15 @@ def test_fresh_biases_and_scales_are_no_masks():
 )
 @pytest.mark.parametrize("op", ["Add", "Mul"])
 def test_masks(mask, reason, op):
-    text = f'<ir_version: 10, opset_import: ["" : 18]> g (float[4,4] x) => (float[4,4] y) {{ a = MatMul(x, w)  y = {op}(a, m) }}'
+    text = HEAD.replace("N,4", "4,4") + f"{{ a = MatMul(x, w)  y = {op}(a, m) }}"
     trained, left = verdicts(text, {"w": R((4, 4)), "m": mask})
     assert trained == ["w"]
     assert left == {"m": reason}
 
 
 def test_a_zero_weight_of_a_product_is_trained():
-    assert verdicts(HEAD + "{ a = MatMul(x, w)  y = MatMul(a, b) }", {"w": R((4, 4)), "b": np.zeros((4, 4))})[0] == ["w", "b"]
+    values = {"w": R((4, 4)), "b": np.zeros((4, 4))}
+    assert verdicts(HEAD + "{ a = MatMul(x, w)  y = MatMul(a, b) }", values)[0] == ["w", "b"]
 
 
 def test_running_statistics_and_bounds():

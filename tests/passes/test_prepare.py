@@ -107,21 +107,22 @@ def test_initializers_listed_as_inputs_are_parameters():
 
 
 def test_symbolic_dimensions_stay_and_can_be_fixed():
-    step = zilc.emit_training(model(SKIP))
-    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
-    assert shapes["x"] == ["N", 4]
-    assert shapes["target"] == ["N", 3]
-    step = zilc.emit_training(model(SKIP), dims={"N": 7})
-    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
-    assert shapes["target"] == [7, 3]
-    with pytest.raises(OptionError, match="no symbolic dimension 'M'.*symbolic dimensions: N"):
+    def shapes(**options):
+        inputs = zilc.emit_training(model(SKIP), **options).model.graph.input
+        return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+
+    assert shapes()["x"] == ["N", 4]
+    assert shapes()["target"] == ["N", 3]
+    assert shapes(dims={"N": 7})["target"] == [7, 3]
+    with pytest.raises(OptionError, match=r"no symbolic dimension 'M'.*symbolic dimensions: N"):
         zilc.emit_training(model(SKIP), dims={"M": 7})
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tied_weights_become_one_leaf(transposed):
     text = """<ir_version: 10, opset_import: ["" : 18]>
-    g (float[N,4] x) => (float[N,4] y) <float[4,4] a, float[4,4] b> { h = MatMul(x, a)  t = Tanh(h)  y = MatMul(t, b) }"""
+    g (float[N,4] x) => (float[N,4] y) <float[4,4] a, float[4,4] b> {
+      h = MatMul(x, a)  t = Tanh(h)  y = MatMul(t, b) }"""
     proto = model(text)
     a = onnx.numpy_helper.to_array(proto.graph.initializer[0])
     b = proto.graph.initializer[1]

@@ -52,6 +52,14 @@ _LAYER = [
     _layer((6, 4), (4,), (4,), axis=1),
     _layer((3, 1), (1,), (1,), axis=-1),
     _layer((0, 4), (4,), (4,)),
+    *(
+        # Mean and InvStdDev are outputs too; onnx types them float32 whatever X is, and so is this case.
+        Case(
+            "LayerNormalization", [x.astype(np.float32) for x in (_normal(2, 3, 5), _scale(*tail), _normal(*tail))],
+            {"axis": axis}, outputs=3, operands=[0, 1, 2], rtol=2e-3, step=1e-2, label=f" {axis} of 3 outputs",
+        )
+        for axis, tail in ((-1, (5,)), (1, (3, 5)))
+    ),
 ]
 
 _RMS = [

@@ -60,6 +60,13 @@ CASES = [
           nearest_mode="floor"),
     _case(r(3, 4), scales(1.5, 2), None, mode="linear", opset=18),
     _case(r(1, 1, 2, 3, 3), scales(1, 1, 2, 1.5, 2), None, mode="nearest", coordinate_transformation_mode="asymmetric"),
+    # one scale for all axes
+    *(
+        _case(r(1, 2, 3, 4), None, sizes, axes=[2, 3], mode=mode, keep_aspect_ratio_policy=policy)
+        for sizes in ([7, 8], [8, 7], [2, 3])
+        for mode in ("nearest", "linear", "cubic")
+        for policy in ("not_larger", "not_smaller")
+    ),
 ]  # fmt: skip
 
 

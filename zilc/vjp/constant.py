@@ -4,7 +4,7 @@ from zilc.vjp.table import no_gradient
 
 no_gradient(
     # shapes and indices
-    "Shape", "Size", "NonZero", "ArgMax", "ArgMin", "OneHot", "Range", "ConstantOfShape", "EyeLike", "Constant",
+    "Shape", "Size", "NonZero", "ArgMax", "ArgMin", "OneHot", "ConstantOfShape", "EyeLike", "Constant",
     # comparisons and logic
     "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf",
     "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",

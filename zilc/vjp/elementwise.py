@@ -71,8 +71,13 @@ broadcasting("Pow", _pow_base, _pow_exponent, note="exponent's cotangent 0 at ba
 
 
 def _mod_divisor(op: Emitter, g: Any, y: Any, a: Any, b: Any, *, fmod: int) -> gs.Tensor:
-    """y = a - q b with the whole number q locally constant; rounding only removes the division's error."""
-    return op.Neg(op.Mul(g, op.Round(op.Div(op.Sub(a, y), b))))
+    """y = a - q b with the whole number q locally constant; rounding only removes the division's error.
+
+    Where a is infinite or b is 0 there is no such q, and no derivative: 0.
+    """
+    q = op.Round(op.Div(op.Sub(a, y), b))
+    q = op.Where(op.Less(op.Abs(q), float("inf")), q, 0.0)
+    return op.Neg(op.Mul(g, q))
 
 
 broadcasting("Mod", lambda op, g, y, a, b, *, fmod: g, _mod_divisor, note="quotient held constant")

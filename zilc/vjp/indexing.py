@@ -263,3 +263,36 @@ def _compress(op: Emitter, g: Any, y: Any, x: Any, condition: Any, *, axis: int 
 
 defvjp("TopK", _top_k, None, extra_outputs=(1,))
 defvjp("Compress", _compress, None)
+
+# -- TensorScatter: update is written into the cache along an axis, from write_indices[batch] on --
+
+
+def _written(op: Emitter, past: Any, update: Any, start: Any, axis: int, mode: str) -> gs.Tensor:
+    """Where each element of ``update`` was written along ``axis``, of its shape."""
+    rank = rank_of(op, past)
+    count = op.Squeeze(op.dim_of(update, axis), [0])
+    place = op.Range(op.constant(np.asarray(0)), count, op.constant(np.asarray(1)))
+    place = op.Reshape(place, _int64(*(-1 if k == axis else 1 for k in range(rank))))
+    if start is not None:
+        place = op.Add(place, op.Reshape(start, _int64(-1, *([1] * (rank - 1)))))
+    if mode == "circular":
+        place = op.Mod(place, op.dim_of(past, axis))
+    return op.Expand(place, op.shape_of(update))
+
+
+def _tensor_scatter_past(
+    op: Emitter, g: Any, y: Any, past: Any, update: Any, start: Any, *, axis: int, mode: str
+) -> gs.Tensor:
+    """0 where the update overwrote the cache."""
+    axis %= rank_of(op, past)
+    return op.ScatterElements(g, _written(op, past, update, start, axis, mode), op.zeros_like(update), axis=axis)
+
+
+def _tensor_scatter_update(
+    op: Emitter, g: Any, y: Any, past: Any, update: Any, start: Any, *, axis: int, mode: str
+) -> gs.Tensor:
+    axis %= rank_of(op, past)
+    return op.GatherElements(g, _written(op, past, update, start, axis, mode), axis=axis)
+
+
+defvjp("TensorScatter", _tensor_scatter_past, _tensor_scatter_update, None)

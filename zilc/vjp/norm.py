@@ -145,24 +145,40 @@ def _last_axes(op: Emitter, x: Any, axis: int) -> list[int]:
 
 def _layer_x(
     op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, *, axis: int, epsilon: float, **_: Any
-) -> gs.Tensor:
+) -> gs.Tensor | None:
+    """Through Y as projected; through Mean, 1/n; through InvStdDev, -r^2 x^ / n."""
     axes = _last_axes(op, x, axis)
+    g_y, g_mean, g_r = (*g, None, None)[:3]
     normalized, r = _standardize(op, x, axes, epsilon)
-    return _project(op, op.Mul(g, scale), normalized, r, axes)
+    result = None if g_y is None else _project(op, op.Mul(g_y, scale), normalized, r, axes)
+    spread = None if g_mean is None else op.cast(g_mean, op.dtype(x))
+    if g_r is not None:
+        slope = op.Mul(op.Mul(normalized, op.Neg(op.Mul(r, r))), op.cast(g_r, op.dtype(x)))
+        spread = slope if spread is None else op.Add(slope, spread)
+    if spread is None:
+        return result
+    if g_r is None:
+        spread = op.Expand(spread, op.shape_of(x))
+    counts = [op.dim_of(x, k) for k in axes]
+    n = op.ReduceProd(op.Concat(*counts, axis=0) if len(counts) > 1 else counts[0], keepdims=0)
+    share = op.Div(spread, op.cast(n, op.dtype(x)))
+    return share if result is None else op.Add(result, share)
 
 
 def _layer_scale(
     op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, *, axis: int, epsilon: float, **_: Any
-) -> gs.Tensor:
+) -> gs.Tensor | None:
+    if g[0] is None:
+        return None
     normalized, _r = _standardize(op, x, _last_axes(op, x, axis), epsilon)
-    return unbroadcast(op, op.Mul(g, normalized), scale, y)
+    return unbroadcast(op, op.Mul(g[0], normalized), scale, y[0])
 
 
-def _layer_bias(op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, **_: Any) -> gs.Tensor:
-    return unbroadcast(op, g, b, y)
+def _layer_bias(op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, **_: Any) -> gs.Tensor | None:
+    return None if g[0] is None else unbroadcast(op, g[0], b, y[0])
 
 
-defvjp("LayerNormalization", _layer_x, _layer_scale, _layer_bias, note="Mean and InvStdDev are constants")
+defvjp("LayerNormalization", _layer_x, _layer_scale, _layer_bias, multi=True)
 
 
 def _root_mean_square(op: Emitter, x: Any, axes: list[int], epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:

@@ -143,13 +143,26 @@ _reduction("ReduceLogSumExp", _reduce_log_sum_exp, "0 where all elements are -in
 def _softmax(op: Emitter, g: Any, y: Any, x: Any, *, axis: int) -> gs.Tensor:
     """y (g - sum(g y)).
 
-    A row of -inf (every key masked) makes y NaN.  Exporters of attention then write Where(IsNaN(y), 0, y),
-    whose rule gives such a row g = 0; y has to be the guarded one here too, or 0 times NaN would come back.
-    Without that guard in the model NaN stays NaN.
+    A row of -inf (every key masked) makes y NaN.  Exporters of attention then write Where(IsNaN(y), 0, y), or ask
+    the mask itself, and the rule of Where gives such a row g = 0; y has to be the guarded one here too, or 0 times
+    NaN would come back.  Without that guard in the model NaN stays NaN.
     """
-    if any(node.op == "IsNaN" for node in y.outputs):
+    if _guarded(y):
         y = op.Where(op.IsNaN(y), 0.0, y)
     return op.Mul(y, op.Sub(g, op.ReduceSum(op.Mul(g, y), [axis], keepdims=1)))
+
+
+def _guarded(y: gs.Tensor) -> bool:
+    """Whether a Where chooses between ``y`` and something else, or asks whether it is NaN."""
+    stack = [y]
+    while stack:
+        tensor = stack.pop()
+        for node in tensor.outputs:
+            if node.op == "IsNaN" or (node.op == "Where" and node.inputs[0] is not tensor):
+                return True
+            if node.op in ("Cast", "CastLike", "Identity"):
+                stack.extend(node.outputs)
+    return False
 
 
 def _log_softmax(op: Emitter, g: Any, y: Any, x: Any, *, axis: int) -> gs.Tensor:
@@ -157,7 +170,7 @@ def _log_softmax(op: Emitter, g: Any, y: Any, x: Any, *, axis: int) -> gs.Tensor
     return op.Sub(g, op.Mul(op.Exp(y), op.ReduceSum(g, [axis], keepdims=1)))
 
 
-defvjp("Softmax", _softmax, note="a masked row that the model guards with IsNaN gets 0")
+defvjp("Softmax", _softmax, note="a masked row that the model guards with Where gets 0")
 defvjp("LogSoftmax", _log_softmax)
 no_gradient("Hardmax", note="piecewise constant")
 

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.errors import ModelError
 from zilc.vjp.shape import const_ints, known, rank_of
 from zilc.vjp.table import defvjp
 
@@ -25,11 +24,7 @@ def _resize(op: Emitter, g: Any, y: Any, x: Any, roi: Any, scales: Any, sizes: A
     rank = rank_of(op, x)
     axes = [k % rank for k in attrs["axes"]] if attrs["axes"] else list(range(rank))
     if sizes is not None and attrs["keep_aspect_ratio_policy"] != "stretch":
-        raise ModelError(
-            "Resize that keeps the aspect ratio has no VJP rule",
-            where=f"tensor '{y.name}'",
-            hint="Export it with explicit scales, or with sizes and keep_aspect_ratio_policy='stretch'.",
-        )
+        return _keeping_aspect(op, g, x, sizes, axes, attrs)
     factors = [_factor(op, x, y, axis, k, scales) for k, axis in enumerate(axes)]
     crop = attrs["coordinate_transformation_mode"] == "tf_crop_and_resize"
     todo = [k for k, f in enumerate(factors) if f != 1.0 or crop]
@@ -121,4 +116,35 @@ def _along(
     return op.Transpose(op.MatMul(op.Transpose(g, perm=order), op.Transpose(m, perm=[1, 0])), perm=back)
 
 
-defvjp("Resize", _resize, None, None, None, note="no gradient to roi and scales; aspect ratio must not be kept")
+def _keeping_aspect(
+    op: Emitter, g: gs.Tensor, x: gs.Tensor, sizes: gs.Tensor, axes: list[int], attrs: dict[str, Any]
+) -> gs.Tensor:
+    """One scale for all axes, known to the kernel alone: each M is read off an image that varies along its axis only.
+
+    The image number i, one along its axis at i and 0 elsewhere, is resized like x; row i of M is one of its lines.
+    """
+    rank = rank_of(op, x)
+    kept = {name: value for name, value in attrs.items() if name not in ("axes", "extrapolation_value", "antialias")}
+    if attrs["antialias"]:
+        kept["antialias"] = attrs["antialias"]
+    one = op.constant(np.asarray([1], np.int64))
+    inner = list(range(2, 2 + len(axes)))  # kernels take images
+    for k, axis in enumerate(axes):
+        n = op.dim_of(x, axis)
+        numbers = op.Range(op.constant(np.asarray(0)), op.Squeeze(n, [0]), op.constant(np.asarray(1)))
+        same = op.cast(op.Equal(op.Unsqueeze(numbers, [1]), op.Unsqueeze(numbers, [0])), op.dtype(x))
+        others = [j for j in inner if j != 2 + k]
+        image = op.Unsqueeze(same, [1, *others])  # [n, 1, 1 ..., n, ... 1]
+        image = op.Expand(image, op.Concat(n, one, *(op.dim_of(x, j) for j in axes), axis=0))
+        resized = op.Resize(image, None, None, sizes, axes=inner, extrapolation_value=0.0, **kept)
+        line = op.Slice(resized, [0] * len(others), [1] * len(others), others) if others else resized
+        m = op.Squeeze(line, [1, *others])  # [n, m]
+        order = [j for j in range(rank) if j != axis] + [axis]
+        back = [int(j) for j in np.argsort(order)]
+        moved = g if axis == rank - 1 else op.Transpose(g, perm=order)
+        product = op.MatMul(moved, op.Transpose(m, perm=[1, 0]))
+        g = product if axis == rank - 1 else op.Transpose(product, perm=back)
+    return g
+
+
+defvjp("Resize", _resize, None, None, None, note="no gradient to roi and scales")

@@ -322,3 +322,19 @@ defvjp("DepthToSpace", _depth_to_space)
 defvjp("SpaceToDepth", lambda op, g, y, x, *, blocksize, mode="DCR": op.DepthToSpace(g, blocksize=blocksize, mode=mode))
 defvjp("Trilu", lambda op, g, y, x, k, *, upper: op.Trilu(g, k, upper=upper), None)
 defvjp("ReverseSequence", lambda op, g, y, x, lengths, **attrs: op.ReverseSequence(g, lengths, **attrs), None)
+
+
+def _range_delta(op: Emitter, g: Any, y: Any, start: Any, limit: Any, delta: Any, **_: Any) -> Any:
+    """y_i = start + i delta;  d delta = sum_i i g_i."""
+    n = op.Squeeze(op.dim_of(g, 0), [0])
+    numbers = op.cast(op.Range(op.constant(np.asarray(0)), n, op.constant(np.asarray(1))), op.dtype(g))
+    return reshape_like(op, op.ReduceSum(op.Mul(g, numbers), keepdims=0), delta)
+
+
+defvjp(
+    "Range",
+    lambda op, g, y, start, limit, delta, **_: reshape_like(op, op.ReduceSum(g, keepdims=0), start),
+    None,
+    _range_delta,
+    note="limit decides the number of elements only",
+)

@@ -25,6 +25,7 @@ from zilc import onnx_io
 from zilc.emit import Emitter
 
 Formula = Callable[..., gs.Tensor | None]
+Whole = Callable[[Emitter, gs.Node, list[gs.Tensor | None]], dict[int, gs.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Rule:
         broadcasting: the driver sums each cotangent down to its operand's shape.
         multi: ``g`` and ``y`` are tuples, one entry an output (``g`` has None where no cotangent arrives).
         extra_outputs: indices of optional outputs that the rule reads and the forward vertex must therefore make.
+        whole: for operators with subgraphs: ``whole(op, node, cotangents)`` gives the cotangents of all operands at
+            once, by index; tensors that the subgraphs capture are counted after the listed operands.
+        prepare: ``prepare(op, node)`` makes a forward vertex keep what ``whole`` reads, beyond optional outputs.
         note: one line for ``zilc ops``: conventions at kinks and limits.
     """
 
@@ -48,17 +52,21 @@ class Rule:
     broadcasting: bool = False
     multi: bool = False
     extra_outputs: tuple[int, ...] = ()
+    whole: Whole | None = None
+    prepare: Callable[[Emitter, gs.Node], None] | None = None
     note: str = ""
 
-    def formula(self, operand: int) -> Formula | None:
+    def formula(self, operand: int) -> Callable[..., Any] | None:
         """The formula of one operand; None where no gradient flows to it."""
         if self.variadic is not None:
             return self.variadic
+        if self.whole is not None:
+            return self.whole
         return self.formulas[operand] if operand < len(self.formulas) else None
 
     @property
     def differentiable(self) -> bool:
-        return self.variadic is not None or any(f is not None for f in self.formulas)
+        return self.variadic is not None or self.whole is not None or any(f is not None for f in self.formulas)
 
 
 @dataclass
@@ -118,6 +126,19 @@ def variadic(
     TABLE.add(Rule(op, domain, since, variadic=formula, broadcasting=broadcast, multi=multi, note=note))
 
 
+def defwhole(
+    op: str,
+    whole: Whole,
+    *,
+    prepare: Callable[[Emitter, gs.Node], None] | None = None,
+    since: int = 1,
+    domain: str = "",
+    note: str = "",
+) -> None:
+    """One formula that gives the cotangents of all operands, captured ones too, at once."""
+    TABLE.add(Rule(op, domain, since, whole=whole, prepare=prepare, note=note))
+
+
 def no_gradient(*ops: str, since: int = 1, domain: str = "", note: str = "") -> None:
     """Operators through which no gradient passes."""
     for op in ops:
@@ -175,6 +196,11 @@ def vjp(op: Emitter, node: gs.Node, operand: int, cotangents: list[gs.Tensor | N
     formula = rule.formula(operand)
     if formula is None:
         return None
+    if rule.whole is not None:
+        key = (id(node), *(g.name if g is not None else None for g in cotangents))
+        if key not in op.shared:
+            op.shared[key] = rule.whole(op, node, cotangents)
+        return op.shared[key].get(operand)
     outputs = [t if t.name else None for t in node.outputs]
     if rule.multi:
         g: Any = tuple(cotangents)
@@ -210,7 +236,9 @@ def _shape_like(op: Emitter, g: gs.Variable, x: gs.Tensor) -> None:
 
 
 def ensure_outputs(op: Emitter, node: gs.Node, rule: Rule) -> None:
-    """Make the optional outputs of a forward vertex that its rule reads."""
+    """Make the optional outputs of a forward vertex that its rule reads, and whatever else it must keep."""
+    if rule.prepare is not None:
+        rule.prepare(op, node)
     for index in rule.extra_outputs:
         while len(node.outputs) <= index:
             node.outputs.append(gs.Variable.empty())
@@ -270,11 +298,13 @@ def _int64(values: list[int]) -> Any:
 def is_differentiable_operand(node: gs.Node, operand: int, opset: int) -> bool:
     """Whether a derivative can flow from ``node`` to this operand.
 
-    Both ends must hold floating-point numbers.  An operator without a rule counts as differentiable, so that
-    levels do not depend on what zilc can differentiate.
+    Both ends must hold floating-point numbers, as far as types are known.  An operator without a rule counts as
+    differentiable, so that levels do not depend on what zilc can differentiate.
     """
     tensor = node.inputs[operand]
-    if not tensor.name or not onnx_io.is_float(tensor) or not any(onnx_io.is_float(t) for t in node.outputs):
+    if not tensor.name or not onnx_io.may_hold_floats(tensor):
+        return False
+    if not any(t.name and onnx_io.may_hold_floats(t) for t in node.outputs):
         return False
     rule = lookup(node, opset)
     return rule is None or rule.formula(operand) is not None

@@ -47,6 +47,14 @@ def through(op: Emitter, y: gs.Tensor, x: gs.Tensor, g: gs.Tensor) -> gs.Tensor 
     return cotangents.get(x.name)
 
 
+def told_apart(op: Emitter, operands: Sequence[Any], k: int) -> tuple[list[Any], gs.Tensor]:
+    """The operands, and number ``k`` of them under a name of its own: an operand used twice is two edges."""
+    found = list(operands)
+    if any(t is not None and t.name == found[k].name for j, t in enumerate(found) if j != k):
+        found[k] = op.Identity(found[k])
+    return found, found[k]
+
+
 def _between(y: gs.Tensor, x: gs.Tensor) -> list[gs.Node]:
     """The nodes that ``y`` is made by, up to ``x``, producers first."""
     ordered: list[gs.Node] = []
@@ -77,8 +85,8 @@ def traced(op_type: str, forward: Forward, operands: Sequence[int], *, count: in
 
     def formula(k: int) -> Callable[..., gs.Tensor | None]:
         def back(op: Emitter, g: Any, y: Any, *given: Any, **attrs: Any) -> gs.Tensor | None:
-            # Each leaf of the formula is a name of its own: an operand used twice is two edges.
-            return through(op, forward(op, *given, **attrs), given[k], g)
+            operands, x = told_apart(op, given, k)
+            return through(op, forward(op, *operands, **attrs), x, g)
 
         return back
 

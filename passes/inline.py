@@ -1,0 +1,308 @@
+"""Control flow whose course is known beforehand: the branch taken, and the iterations run, become vertices.
+
+An If whose condition follows from known shapes and constants is its branch.  A Scan over a known number of slices, and
+a Loop whose trip count or condition can be told at every turn, are their bodies in a row.  What stays is one vertex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from zilc import onnx_io
+from zilc.emit import Emitter
+from zilc.errors import describe_vertex
+from zilc.graph import Rebuild
+from zilc.passes.unroll import LIMIT, settle_shapes
+from zilc.reference import evaluator
+from zilc.vjp.inner import instantiate
+
+_KINDS = frozenset({"If", "Scan", "Loop"})
+#: Values of more elements than this are not computed beforehand.
+_SMALL = 64
+
+
+def inline_control_flow(graph: gs.Graph, notes: list[str], *, limit: int = LIMIT) -> gs.Graph:
+    """Write out If, Scan and Loop where their course is known; nested ones too.
+
+    Args:
+        notes: receives a line on each.
+        limit: the largest number of iterations to write out.
+    """
+    while True:
+        said: list[str] = []
+        made, changed = _once(graph, said, limit)
+        notes.extend(said if not changed else [line for line in said if "unrolled" in line])
+        if not changed:
+            return made
+        graph = made
+
+
+def _once(graph: gs.Graph, notes: list[str], limit: int) -> tuple[gs.Graph, bool]:
+    if not any(_controls(node) for node in graph.nodes):
+        return graph, False
+    rebuild, changed = Rebuild(graph), False
+    shell = gs.Graph(nodes=rebuild.nodes, opset=graph.opset)
+    op = Emitter(shell, Emitter(graph).names)
+    values: dict[str, np.ndarray | None] = {}
+    for node in graph.nodes:
+        if not _controls(node):
+            rebuild.add(node)
+            continue
+        copy = rebuild.add(node)  # its subgraphs now read the new graph's tensors
+        rebuild.nodes.pop()
+        first = len(rebuild.nodes)
+        label = describe_vertex(node.name or node.outputs[0].name, node.op)
+        op.forget()
+        with op.place(node.name or node.outputs[0].name):
+            results, what = _write_out(op, copy, values, limit)
+            if results is None:
+                for discarded in rebuild.nodes[first:]:
+                    discarded.inputs.clear()
+                    discarded.outputs.clear()
+                del rebuild.nodes[first:]
+                rebuild.nodes.append(copy)
+                notes.append(f"{label} is one vertex: {what}")
+                continue
+            copy.inputs.clear()
+            outputs = list(copy.outputs)
+            copy.outputs.clear()
+            _name(op, rebuild, outputs, results, first)
+        settle_shapes(op, rebuild.nodes[first:])
+        changed = True
+        if what:
+            notes.append(f"{label} is unrolled over {what}")
+    return rebuild.finish(), changed
+
+
+def _controls(node: gs.Node) -> bool:
+    return node.op in _KINDS and node.domain in (None, "", "ai.onnx")
+
+
+def _name(
+    op: Emitter, rebuild: Rebuild, outputs: Sequence[gs.Tensor], results: Sequence[gs.Tensor], first: int
+) -> None:
+    """What was made takes the names of the node's outputs; a tensor that is something else already is copied."""
+    fresh = {t.name for node in rebuild.nodes[first:] for t in node.outputs if t.name}
+    for old, made in zip(outputs, results, strict=False):
+        if not old.name:
+            continue
+        if made.name in fresh:
+            fresh.discard(made.name)
+        else:
+            source = made
+            made = gs.Variable(old.name, source.dtype, source.shape)
+            node = gs.Node("Identity", op.fresh(f"{op.prefix}/Identity"), inputs=[source], outputs=[made])
+            node.metadata, node.doc_string = {}, ""
+            rebuild.nodes.append(node)
+        made.name = old.name
+        if made.dtype is None:
+            made.dtype = old.dtype
+        if old.shape is not None and all(isinstance(n, (int, np.integer)) for n in old.shape):
+            made.shape = list(old.shape)
+        rebuild.tensors[old.name] = made
+
+
+def _write_out(
+    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int
+) -> tuple[list[gs.Tensor] | None, str]:
+    """The node's outputs in nodes of its subgraph and how often that ran; or None, and why not."""
+    if node.op == "If":
+        condition = _value(op, node.inputs[0], values)
+        if condition is None:
+            return None, "which branch it takes is known only at run time"
+        branch = "then_branch" if bool(np.all(condition)) else "else_branch"
+        return instantiate(op, node.attrs[branch], {})[0], ""
+    if node.op == "Scan":
+        return _scan(op, node, limit)
+    return _loop(op, node, values, limit)
+
+
+def _scan(op: Emitter, node: gs.Node, limit: int) -> tuple[list[gs.Tensor] | None, str]:
+    body, scans = node.attrs["body"], int(node.attrs["num_scan_inputs"])
+    count = len(node.inputs) - scans
+    outputs = len(body.outputs) - count
+
+    def places(attribute: str, size: int) -> list[int]:
+        return [int(n) for n in node.attrs.get(attribute) or [0] * size]
+
+    axes, ways = places("scan_input_axes", scans), places("scan_input_directions", scans)
+    out_axes, out_ways = places("scan_output_axes", outputs), places("scan_output_directions", outputs)
+    lengths = [_dim(op, x, axis) for x, axis in zip(node.inputs[count:], axes, strict=True)]
+    steps = next((n for n in lengths if n is not None), None)
+    if steps is None:
+        return None, "the number of iterations is known only at run time"
+    if not 0 < steps <= limit:
+        return None, f"it has more than {limit} iterations" if steps else "it has no iterations"
+    slices = [
+        op.Split(x, axis=axis, num_outputs=steps, outputs=steps) if steps > 1 else (x,)
+        for x, axis in zip(node.inputs[count:], axes, strict=True)
+    ]
+    states = list(node.inputs[:count])
+    made: list[list[gs.Tensor]] = [[] for _ in range(outputs)]
+    base = op.prefix
+    for t in range(steps):
+        op.forget()
+        with op.place(f"{base}/t{t + 1}"):
+            now = [
+                op.Squeeze(parts[steps - 1 - t if way else t], [axis])
+                for parts, axis, way in zip(slices, axes, ways, strict=True)
+            ]
+            given = {t.name: x for t, x in zip(body.inputs, [*states, *now], strict=True)}
+            results, nodes = instantiate(op, body, given)
+            settle_shapes(op, nodes)
+        states = results[:count]
+        for into, result in zip(made, results[count:], strict=True):
+            into.append(result)
+    stacked = [
+        _stack(op, ys[::-1] if way else ys, axis) for ys, axis, way in zip(made, out_axes, out_ways, strict=True)
+    ]
+    return [*states, *stacked], f"{steps} iteration{'s' if steps > 1 else ''}"
+
+
+def _loop(
+    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int
+) -> tuple[list[gs.Tensor] | None, str]:
+    body = node.attrs["body"]
+    trips = _value(op, node.inputs[0], values) if node.inputs[0].name else np.asarray(limit + 1)
+    condition = node.inputs[1] if len(node.inputs) > 1 and node.inputs[1].name else None
+    going = np.asarray(True) if condition is None else _value(op, condition, values)
+    if trips is None or going is None:
+        return None, "the number of iterations is known only at run time"
+    most, carried = int(np.squeeze(trips)), list(node.inputs[2:])
+    made: list[list[gs.Tensor]] = [[] for _ in range(len(body.outputs) - 1 - len(carried))]
+    base, t = op.prefix, 0
+    while going is not None and bool(np.all(going)) and t < most:
+        if t == limit:
+            return None, f"it has more than {limit} iterations"
+        op.forget()
+        with op.place(f"{base}/t{t + 1}"):
+            start = [op.constant(np.asarray(t, np.int64)), op.constant(np.asarray(True)), *carried]
+            results, nodes = instantiate(op, body, {i.name: x for i, x in zip(body.inputs, start, strict=True)})
+            settle_shapes(op, nodes)
+        going = _value(op, results[0], values)
+        carried = results[1 : 1 + len(carried)]
+        for into, result in zip(made, results[1 + len(carried) :], strict=True):
+            into.append(result)
+        t += 1
+    if going is None and t < most:
+        return None, "its condition is known only at run time"
+    if not t and made:
+        return None, "it has no iterations"
+    return [*carried, *(_stack(op, ys, 0) for ys in made)], f"{t} iteration{'' if t == 1 else 's'}"
+
+
+def _stack(op: Emitter, slices: Sequence[gs.Tensor], axis: int) -> gs.Tensor:
+    parts = [op.Unsqueeze(x, [axis]) for x in slices]
+    return op.Concat(*parts, axis=axis) if len(parts) > 1 else parts[0]
+
+
+# -- values that are known beforehand --
+
+
+def _dim(op: Emitter, x: gs.Tensor, axis: int) -> int | None:
+    dims = op.dims(x)
+    size = None if dims is None else dims[axis]
+    return int(size) if isinstance(size, (int, np.integer)) else None
+
+
+def _value(op: Emitter, tensor: gs.Tensor, values: dict[str, np.ndarray | None]) -> np.ndarray | None:
+    """What a small tensor holds, if it follows from constants and known shapes."""
+    stack = [tensor]
+    while stack:
+        x = stack[-1]
+        if x.name in values:
+            stack.pop()
+            continue
+        node = x.inputs[0] if isinstance(x, gs.Variable) and x.inputs else None
+        if isinstance(x, gs.Constant):
+            values[x.name] = onnx_io.values(x) if x._values.nbytes <= 8 * _SMALL else None
+        elif node is None or node.domain not in (None, "", "ai.onnx") or any(True for _ in node.subgraphs()):
+            values[x.name] = None
+        elif node.op in ("Shape", "Size"):
+            values[x.name] = _shape(op, node)
+        else:
+            waiting = [t for t in node.inputs if t.name and t.name not in values]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            values[x.name] = _compute(node, op.graph.opset, values, x)
+    return values[tensor.name]
+
+
+def _shape(op: Emitter, node: gs.Node) -> np.ndarray | None:
+    dims = op.dims(node.inputs[0])
+    if dims is None:
+        return None
+    if node.op == "Shape":
+        dims = dims[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+    known = [int(n) for n in dims if isinstance(n, (int, np.integer))]
+    if len(known) < len(dims):
+        return None
+    return np.asarray(np.prod(known, dtype=np.int64) if node.op == "Size" else known, np.int64)
+
+
+def _compute(
+    node: gs.Node, opset: int, values: dict[str, np.ndarray | None], wanted: gs.Tensor
+) -> np.ndarray | None:
+    given = {t.name: values[t.name] for t in node.inputs if t.name}
+    arrays = {name: x for name, x in given.items() if x is not None}
+    if len(arrays) < len(given) or node.op.startswith("Random"):
+        return None
+    shell = gs.Graph([], [], [], opset=opset)
+    inputs = [gs.Variable(name, x.dtype, list(x.shape)) for name, x in arrays.items()]
+    operand = {t.name: t for t in inputs}
+    outputs = [gs.Variable(t.name, t.dtype) if t.name else gs.Variable.empty() for t in node.outputs]
+    operands = [operand[t.name] if t.name else gs.Variable.empty() for t in node.inputs]
+    shell.nodes.append(gs.Node(node.op, "known", dict(node.attrs), operands, outputs))
+    shell.inputs, shell.metadata = inputs, {}
+    shell.outputs = [t for t in outputs if t.name == wanted.name]
+    try:
+        result = np.asarray(list(evaluator(onnx_io.to_proto(shell, ir_version=10)).run(None, arrays))[0])
+    except Exception:  # whatever the evaluator cannot do is not known beforehand
+        return None
+    return result if result.size <= _SMALL else None
+
+
+# -- constants inside subgraphs --
+
+
+def lift_inner_constants(graph: gs.Graph) -> None:
+    """Constant nodes of subgraphs become constants, read like any other from outside (in place)."""
+    names = Emitter(graph).names
+    for node in graph.nodes:
+        for inner in node.subgraphs(recursive=True):
+            _lift(inner, names)
+
+
+def _lift(inner: gs.Graph, names: set[str]) -> None:
+    results = {id(t) for t in inner.outputs}
+    kept = []
+    for node in inner.nodes:
+        held = _held(node)
+        if held is None or id(node.outputs[0]) in results:
+            kept.append(node)
+            continue
+        old = node.outputs[0]
+        name, count = old.name, 0
+        while name in names:
+            count += 1
+            name = f"{old.name}_{count}"
+        names.add(name)
+        constant = gs.Constant(name, held)
+        for reader in list(old.outputs):
+            for k, tensor in enumerate(reader.inputs):
+                if tensor is old:
+                    reader.inputs[k] = constant
+    inner.nodes = kept
+
+
+def _held(node: gs.Node) -> np.ndarray | None:
+    if node.op != "Constant" or node.domain not in (None, "", "ai.onnx"):
+        return None
+    for key in ("value_float", "value_floats", "value_int", "value_ints"):
+        if key in node.attrs:
+            return np.asarray(node.attrs[key], np.float32 if "float" in key else np.int64)
+    return onnx_io.values(node.attrs["value"]) if "value" in node.attrs else None
