@@ -25,15 +25,12 @@ from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Rebuild
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
-from zilc.passes.inline import inline_control_flow, lift_inner_constants
+from zilc.passes.inline import inline_control_flow, lift_inner_constants, unbatch_scans
 from zilc.passes.sequences import resolve_sequences
 from zilc.passes.unroll import unroll
 
 #: Recurrences that ONNX says by a loop: what is in the loop are the vertices.
 _BY_BODY = frozenset({("", "LinearAttention")})
-#: Initializers above this many elements do not travel through onnx's version converter.
-_SMALL = 256
-
 
 @dataclass
 class Prepared:
@@ -69,12 +66,13 @@ def prepare(
         ModelError: shapes contradict each other, or the opset cannot be settled.
         OptionError: a dimension or a tie does not fit.
     """
-    proto = inline_functions(source)
+    proto, aside = onnx_io.set_aside(source.proto)
+    proto = inline_functions(Source(proto, source.path, source.base_dir))
     proto = settle_opset(proto, opset, source.name)
     proto = fix_dims(proto, dims or {}, source.name)
     proto = spell_out_defaults(proto)
     proto = infer_shapes(proto, source.name)
-    graph = onnx_io.to_graph(proto, source.base_dir)
+    graph = onnx_io.to_graph(proto, source.base_dir, aside)
     graph.opset = _opset(proto)
     lift_inner_constants(graph)
     graph = lift_constants(graph)
@@ -139,7 +137,10 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
     if not changed:
         return _relabel(proto, target)
     try:
-        return _convert(proto, target)
+        made = _convert(proto, target)
+        return unbatch_scans(made, where) if current == 8 else made
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"opset {current} cannot be converted to {target}: {_first_line(error)} "
@@ -243,30 +244,16 @@ def _relabel(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
 
 
 def _convert(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
-    """onnx's converter on a skeleton: large and external initializers stand by as inputs, and come back untouched."""
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(proto)
-    inputs = {i.name for i in proto.graph.input}
-    aside: list[onnx.TensorProto] = []
-    kept: list[onnx.TensorProto] = []
-    for tensor in proto.graph.initializer:
-        large = np.prod(tensor.dims, dtype=np.int64) > _SMALL or tensor.data_location == onnx.TensorProto.EXTERNAL
-        (aside if large else kept).append(tensor)
-    del skeleton.graph.initializer[:]
+    """onnx's converter; large initializers were set aside before (:func:`zilc.onnx_io.set_aside`)."""
+    current = onnx.ModelProto()
+    current.CopyFrom(proto)
+    current.ir_version = max(proto.ir_version, 8)
+    converted = onnx.version_converter.convert_version(current, target)
     # Old IR versions want initializers among the inputs, and the converter keeps what it finds there.
-    skeleton.graph.initializer.extend(kept)
-    for tensor in aside:
-        if tensor.name not in inputs:
-            skeleton.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    skeleton.ir_version = max(skeleton.ir_version, 8)
-    converted = onnx.version_converter.convert_version(skeleton, target)
-    held = {t.name for t in aside} | {t.name for t in kept}
+    held = {t.name for t in converted.graph.initializer}
     real = [i for i in converted.graph.input if i.name not in held]
     del converted.graph.input[:]
     converted.graph.input.extend(real)
-    converted.graph.initializer.extend(aside)
     converted.ir_version = max(proto.ir_version, 8)
     for attribute in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(converted, attribute, getattr(proto, attribute))

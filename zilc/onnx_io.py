@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ MAX_OPSET = 26
 MIN_OPSET = 18
 #: Above this many bytes of initializers a written model keeps them in a file beside it (protobuf's limit is 2 GiB).
 EMBED_LIMIT = 1 << 30
+#: Initializers of more elements than this are no shapes, axes or indices that inference would look at.
+ASIDE = 1024
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -136,7 +139,7 @@ def _check(source: Source) -> None:
                 hint="Put it beside the model, or pass base_dir=.",
             )
     try:
-        onnx.checker.check_model(_without_external(proto))
+        onnx.checker.check_model(set_aside(proto)[0])
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -144,22 +147,59 @@ def _check(source: Source) -> None:
         ) from error
 
 
-def _without_external(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with external initializers as graph inputs: the checker resolves external data against a path only."""
-    outside = {t.name: t for t in external_tensors(proto)}
-    if not outside:
-        return proto
-    bare = onnx.ModelProto()
-    bare.CopyFrom(proto)
-    kept = [t for t in bare.graph.initializer if t.name not in outside]
-    del bare.graph.initializer[:]
-    bare.graph.initializer.extend(kept)
-    listed = {i.name for i in bare.graph.input}
-    for name, tensor in outside.items():
-        if name not in listed:
-            info = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
-            bare.graph.input.append(info)
-    return bare
+def set_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """The model with its large and external initializers as graph inputs, and those initializers.
+
+    Checking, converting and inferring need no large values; each of them would copy the whole model several times, and
+    fails beyond 2 GiB.  The same model comes back if there is nothing to set aside.
+    """
+    graph = proto.graph
+    aside = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL or _elements(t) > ASIDE]
+    if not aside:
+        return proto, []
+    names = {t.name for t in aside}
+    light = onnx.ModelProto()
+    for descriptor, value in proto.ListFields():
+        if descriptor.name == "graph":
+            continue
+        if isinstance(value, (int, str, bytes)):
+            setattr(light, descriptor.name, value)
+        else:
+            getattr(light, descriptor.name).extend(value)
+    for descriptor, value in graph.ListFields():
+        if descriptor.name == "initializer":
+            light.graph.initializer.extend(t for t in value if t.name not in names)
+        elif isinstance(value, str):
+            setattr(light.graph, descriptor.name, value)
+        else:
+            getattr(light.graph, descriptor.name).extend(value)
+    listed = {i.name for i in graph.input}
+    for tensor in aside:
+        if tensor.name not in listed:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            light.graph.input.append(info)
+    return light, aside
+
+
+def put_back(
+    light: onnx.ModelProto, aside: Sequence[onnx.TensorProto], order: Sequence[str]
+) -> onnx.ModelProto:
+    """Undo :func:`set_aside` (in place): the inputs become initializers again, all of them in ``order``."""
+    if not aside:
+        return light
+    names = {t.name for t in aside}
+    inputs = [i for i in light.graph.input if i.name not in names]
+    held = {t.name: t for t in (*light.graph.initializer, *aside)}
+    tensors = [held[name] for name in order]
+    kept = onnx.GraphProto(initializer=tensors)
+    del light.graph.input[:], light.graph.initializer[:]
+    light.graph.input.extend(inputs)
+    light.graph.initializer.extend(kept.initializer)
+    return light
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims)
 
 
 def external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -273,10 +313,22 @@ def may_hold_floats(tensor: gs.Tensor) -> bool:
     return np_dtype(tensor.dtype) is None or is_float(tensor)
 
 
-def to_graph(proto: onnx.ModelProto, base_dir: str = "") -> gs.Graph:
-    """GraphSurgeon's graph of a model, with metadata on nodes (``node.metadata``, ``node.doc_string``)."""
+def to_graph(
+    proto: onnx.ModelProto, base_dir: str = "", aside: Sequence[onnx.TensorProto] = ()
+) -> gs.Graph:
+    """GraphSurgeon's graph of a model, with metadata on nodes (``node.metadata``, ``node.doc_string``).
+
+    Args:
+        base_dir: where external data lies.
+        aside: initializers that stand among the graph's inputs (:func:`set_aside`).
+    """
     with _quiet():
         graph = gs.import_onnx(proto)
+    weights = {t.name: t for t in aside}
+    for tensor in graph.inputs:
+        if tensor.name in weights:
+            tensor.to_constant(LazyValues(weights[tensor.name]))
+    graph.inputs = [t for t in graph.inputs if t.name not in weights]
     graph.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     for node, original in zip(graph.nodes, proto.graph.node, strict=True):
         node.metadata = {p.key: p.value for p in original.metadata_props}
@@ -402,8 +454,10 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     proto.ir_version = ir_version or graph.ir_version or 10
     if infer:
-        # Values are not needed to infer shapes, except small ones; large models exceed protobuf's limit anyway.
-        proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+        order = [t.name for t in proto.graph.initializer]
+        light, aside = set_aside(proto)
+        light = onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+        proto = put_back(light, aside, order)
     return proto
 
 
@@ -541,7 +595,7 @@ def _rank_at_least(node: gs.Node) -> list[int | str | None] | None:
 
 def check_full(proto: onnx.ModelProto) -> None:
     """onnx.checker with full checks; what it raises is raised as it is."""
-    onnx.checker.check_model(_without_external(proto), full_check=True)
+    onnx.checker.check_model(set_aside(proto)[0], full_check=True)
 
 
 # --- writing --------------------------------------------------------------------------------------------------
