@@ -4,9 +4,11 @@
                    the file's own Identity nodes removed, terminal identities appended to outputs that need one
 2. ``levels``      analysis: a level for each vertex and leaf; where the slack is
 3. ``parameters``  analysis: which leaves are trained, and why the others are not
-4. ``identities``  identity vertices until every edge spans one level
+4. ``placement``   analysis: levels at which the fewest identities are needed, if asked for
+   ``identities``  identity vertices until every edge spans one level
 5. ``dynamics``    the equations of one inference step, as terms
 6. ``wavefront``   the same equations, specialised: what is left of them at each step
+   ``literal``     the same equations as they stand, in a Loop: the reference, inference learning, the ablations
    ``reverse``     plain reverse mode, the yardstick, which shares only rules, order of sums and clean-up
 7. ``training``    terms, losses and optimizers as ONNX nodes around the forward graph
 8. ``simplify``    what emission leaves behind

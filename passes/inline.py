@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
+import onnx.helper
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.errors import describe_vertex
+from zilc.errors import ModelError, describe_vertex
 from zilc.graph import Rebuild
 from zilc.passes.unroll import LIMIT, settle_shapes
 from zilc.reference import evaluator
@@ -306,3 +308,66 @@ def _held(node: gs.Node) -> np.ndarray | None:
         if key in node.attrs:
             return np.asarray(node.attrs[key], np.float32 if "float" in key else np.int64)
     return onnx_io.values(node.attrs["value"]) if "value" in node.attrs else None
+
+
+# -- Scan as opset 8 had it --
+
+
+_ASIDE = "zilc.scan"
+
+
+def set_scans_aside(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Scan of opset 8 in a domain of its own: onnx's converter would change the shapes of the model's inputs for it."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    for node in made.graph.node:
+        if node.op_type == "Scan" and node.domain in ("", "ai.onnx"):
+            node.domain = _ASIDE
+    made.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
+    return made
+
+
+def unbatch_scans(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """Scan of opset 8, which has a batch, as a Scan over the batch of today's Scan over time (in place).
+
+    Before:  Scan-8 ("", states [B, ...], xs [B, T, ...])
+    After:   Scan (states, xs) of  states, xs [T, ...] -> Scan -> states, ys [T, ...]
+    """
+    kept = [entry for entry in proto.opset_import if entry.domain != _ASIDE]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    for node in proto.graph.node:
+        if node.domain != _ASIDE:
+            continue
+        node.domain = ""
+        given = {a.name: a for a in node.attribute}
+        body, scans = given["body"].g, given["num_scan_inputs"].i
+        operands = list(node.input)[1:]
+        if node.input[0]:
+            raise ModelError(
+                "a Scan of opset 8 with sequence_lens, which later opsets do not have",
+                where=f"{where}: {describe_vertex(node.name or node.output[0], 'Scan', opset=8)}",
+                hint="Export the model with opset 9 or later.",
+            )
+        count = len(operands) - scans
+        inner_inputs = [_one_of_batch(info, k >= count, f"{node.name}.in.") for k, info in enumerate(body.input)]
+        inner_outputs = [_one_of_batch(info, k >= count, f"{node.name}.out.") for k, info in enumerate(body.output)]
+        inner = onnx.helper.make_node(
+            "Scan", [i.name for i in inner_inputs], [o.name for o in inner_outputs], body=body, num_scan_inputs=scans
+        )
+        if "directions" in given:
+            inner.attribute.append(onnx.helper.make_attribute("scan_input_directions", list(given["directions"].ints)))
+        outer = onnx.helper.make_graph([inner], f"{node.name}.batch", inner_inputs, inner_outputs)
+        del node.attribute[:], node.input[:]
+        node.input.extend(operands)
+        node.attribute.append(onnx.helper.make_attribute("body", outer))
+        node.attribute.append(onnx.helper.make_attribute("num_scan_inputs", len(operands)))
+    return proto
+
+
+def _one_of_batch(info: onnx.ValueInfoProto, stacked: bool, prefix: str) -> onnx.ValueInfoProto:
+    """What one entry of the batch holds: a state as the body has it, or that along time."""
+    kind = info.type.tensor_type
+    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+    shape = [None, *dims] if stacked else dims
+    return onnx.helper.make_tensor_value_info(f"{prefix}{info.name}", kind.elem_type, shape)

@@ -25,7 +25,7 @@ from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Rebuild
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
-from zilc.passes.inline import inline_control_flow, lift_inner_constants, unbatch_scans
+from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
 from zilc.passes.sequences import resolve_sequences
 from zilc.passes.unroll import unroll
 
@@ -133,14 +133,13 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
     proto = _inline_newer(proto, target)
     if current == target:
         return proto
+    if current == 8 and any(node.op_type == "Scan" and not node.domain for node in proto.graph.node):
+        return unbatch_scans(settle_opset(set_scans_aside(proto), target, where), where)
     changed = _changed_operators(proto.graph.node, current, target)
     if not changed:
         return _relabel(proto, target)
     try:
-        made = _convert(proto, target)
-        return unbatch_scans(made, where) if current == 8 else made
-    except ModelError:
-        raise
+        return _convert(proto, target)
     except Exception as error:
         raise ModelError(
             f"opset {current} cannot be converted to {target}: {_first_line(error)} "
@@ -384,7 +383,8 @@ def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
         if "value" in attrs:
             return attrs["value"]._values
         for key, dtype in (
-            ("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64),
+            ("value_float", np.float32), ("value_floats", np.float32),
+            ("value_int", np.int64), ("value_ints", np.int64),
         ):  # fmt: skip
             if key in attrs:
                 return np.asarray(attrs[key], dtype)
@@ -545,7 +545,9 @@ def choose_outputs(graph: gs.Graph, wanted: Sequence[str] | None, where: str) ->
     if not floating:
         kinds = ", ".join(f"{t.name} ({_kind(t)})" for t in graph.outputs)
         raise ModelError(
-            "no floating-point output to train", where=where, hint=f"Its outputs: {kinds}. --output may name an inner tensor."
+            "no floating-point output to train",
+            where=where,
+            hint=f"Its outputs: {kinds}. --output may name an inner tensor.",
         )
     raise OptionError(
         f"the model has {len(floating)} floating-point outputs: {', '.join(floating)}",

@@ -4,6 +4,9 @@ A parameter that is shared over time is then one leaf with many consumers.  Of a
 the initial states; W and the biases that need not be inside are applied to all time steps in one product of
 [T x N, input] rows, which is split by time step: they have one consumer, and their gradient is one product too.
 
+What is too long, or of a length known only at run time, stays one vertex: the operator itself, or a Scan over time
+where onnxruntime has no kernel for it (of float32 with time first it has one, and of nothing else).
+
 The operators compute the same function as the fused one with other roundings: outputs agree to a few units in the
 last place (times the number of steps, at worst), not in bits.
 """
@@ -17,8 +20,9 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import describe_vertex
-from zilc.graph import Rebuild
+from zilc.graph import Rebuild, captured
 from zilc.vjp import table
+from zilc.vjp.over_time import scanned
 from zilc.vjp.recurrent import (
     GATES,
     Direction,
@@ -63,23 +67,30 @@ def unroll(graph: gs.Graph, notes: list[str], *, limit: int = LIMIT) -> gs.Graph
         cell = recurrence(node.op, table.attributes(node, graph.opset), operands)
         steps = _steps(operands[0], cell)
         label = describe_vertex(node.name or node.outputs[0].name, node.op)
-        if cell is None or steps is None or not 0 < steps <= limit:
+        op, first = Emitter(shell, names), len(rebuild.nodes)
+        if cell is not None and steps is not None and 0 < steps <= limit:
+            results = _write_out(op, node, cell, operands, steps)
+            said = (
+                f"is unrolled over {steps} time step{'s' if steps > 1 else ''}: its outputs agree with the operator's "
+                "to rounding, not in bits"
+            )
+        elif cell is not None and (cell.batch_first or inputs[0].dtype != np.float32):
+            with op.place(node.name or node.outputs[0].name):
+                results = scanned(op, cell, operands)
+            said = f"is a Scan, one vertex: {_why(cell, steps, limit)}"
+        else:
             rebuild.add(node, inputs)
             notes.append(f"{label} is one vertex: {_why(cell, steps, limit)}")
             continue
-        op, first = Emitter(shell, names), len(rebuild.nodes)
-        results = _write_out(op, node, cell, operands, steps)
         names = op.names
         for old, made in zip(node.outputs, results, strict=False):
             if old.name:
                 made.name = old.name
                 made.shape = list(old.shape) if old.shape is not None else op.dims(made)
                 rebuild.tensors[old.name] = made
+        _drop_unread(rebuild, first, {t.name for t in node.outputs if t.name})
         settle_shapes(op, rebuild.nodes[first:])
-        notes.append(
-            f"{label} is unrolled over {steps} time step{'s' if steps > 1 else ''}: its outputs agree with the "
-            "operator's to rounding, not in bits"
-        )
+        notes.append(f"{label} {said}")
         if any(isinstance(node.inputs[k], gs.Constant) for k in zero):
             notes.append(f"{label} starts from zeros, which are not trained")
     return rebuild.finish()
@@ -98,6 +109,16 @@ def _why(cell: Recurrence | None, steps: int | None, limit: int) -> str:
     if steps is None:
         return "the number of time steps is not known (--dim NAME=SIZE settles a symbolic dimension)"
     return f"{steps} time steps are more than {limit}" if steps else "it has no time steps"
+
+
+def _drop_unread(rebuild: Rebuild, first: int, wanted: set[str]) -> None:
+    """Of the nodes from ``first`` on, drop those behind outputs that the operator was not asked for."""
+    kept = []
+    for node in reversed(rebuild.nodes[first:]):
+        if any(t.name in wanted for t in node.outputs):
+            kept.append(node)
+            wanted.update(t.name for t in (*node.inputs, *captured(node)) if t.name)
+    rebuild.nodes[first:] = reversed(kept)
 
 
 def settle_shapes(op: Emitter, nodes: Sequence[gs.Node]) -> None:
@@ -129,6 +150,10 @@ def _write_out(
             inputs = op.Split(projected, axis=0, num_outputs=steps, outputs=steps) if steps > 1 else (projected,)
             looks = peepholes(op, cell, direction, p)
             state = _initial(op, cell, direction, (initial_h, initial_c)[: cell.states])
+            if steps == 1 and state[0] is None:
+                # Nothing else would read R, which can be trained, though its gradient is zero.
+                rows_and_hidden = op.Concat(op.dim_of(rows, 0), [cell.hidden], axis=0)
+                state = (op.Expand(op.scalar_like(0, rows), rows_and_hidden), *state[1:])
             shared = slot(op, r, direction, count) if count > 1 else None
         seen: dict[int, gs.Tensor] = {}
         for t in reversed(range(steps)) if direction.reverse else range(steps):

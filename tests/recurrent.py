@@ -126,6 +126,7 @@ CASES = [
             Recurrent(kind, {**BOTH, "layout": 1}, lengths=(1, 4, 3), initial=False),
             Recurrent(kind, lengths=(4, 4, 4)),
             Recurrent(kind, BOTH, steps=1),
+            Recurrent(kind, steps=1, initial=False),
             Recurrent(kind, BOTH, batch=1, hidden=1, inputs=1),
         )
     ),

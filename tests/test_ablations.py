@@ -7,6 +7,9 @@ code with zilc.  Inference learning settles where theory says that it settles.
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +378,18 @@ def test_contradictions_are_one_line(zilc_command: Command, tmp_path: Path, opti
         assert result.out == ""
         assert len(result.err.splitlines()) == 1
         assert text in result.err
+
+
+def test_the_tables_can_be_measured(tmp_path: Path) -> None:
+    """``tools/paper_tables.py`` gives zero where the paper does, and its rows add up from run to run."""
+    tool, rows = Path(__file__).parent.parent / "tools" / "paper_tables.py", tmp_path / "rows.json"
+    rows.write_text(json.dumps({"table1": {}}))
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", tool, "--networks", "mlp2", "--tables", "1,3", "--json", rows],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    table = [line for line in made.stdout.splitlines() if line.startswith("| MLP, 2 layers")]
+    assert [line.count("**0**") for line in table] == [6, 2]
 
 
 @pytest.fixture

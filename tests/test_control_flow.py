@@ -198,6 +198,29 @@ def test_axes_and_directions(options: dict[str, Any]) -> None:
     check(model(text), {"s": RNG.standard_normal(3), "x": RNG.standard_normal((4, 5))}, **options)
 
 
+@pytest.mark.parametrize("way", [0, 1])
+def test_a_scan_of_opset_8(way: int) -> None:
+    """It has a batch, and an operand for lengths: the same numbers as opset 9's Scan, sequence by sequence."""
+    head = HEAD.replace("18", "8").replace("ir_version: 8", "ir_version: 3")
+    text = f"""{head} g (double[2,4] s, double[2,3,4] x) => (double[2,4] last, double[2,3,4] y) {{
+      last, y = Scan <num_scan_inputs = 1, directions = [{way}],
+        body = b (double[4] h, double[4] u) => (double[4] after, double[4] out) {{
+          a = Add(h, u)  after = Tanh(a)  out = Mul(after, u) }}> ( , s, x)
+    }}"""
+    proto = onnx.parser.parse_model(text)
+    feeds = {"s": RNG.standard_normal((2, 4)), "x": RNG.standard_normal((2, 3, 4))}
+    target = {"last": np.zeros((2, 4)), "y": np.zeros((2, 3, 4))}
+    got = trained(proto, feeds, target)
+    s, x = (torch.tensor(feeds[n], requires_grad=True) for n in ("s", "x"))
+    h, ys = s, []
+    for t in (range(3), range(2, -1, -1))[way]:
+        h = torch.tanh(h + x[:, t])
+        ys.append(h * x[:, t])
+    (0.5 * (h.square().sum() + sum(y.square().sum() for y in ys))).backward()
+    for name, leaf in (("s", s), ("x", x)):
+        np.testing.assert_allclose(got[name], leaf.grad.numpy(), rtol=1e-12, atol=1e-13)
+
+
 def test_a_while_loop_whose_condition_follows() -> None:
     """i < 3, counted in the loop itself, no trip count."""
     text = f"""{HEAD} g (double[3,4] s) => (double[3,4] last) <double[4,4] w> {{
@@ -216,8 +239,8 @@ def test_a_while_loop_whose_condition_follows() -> None:
 def test_a_while_loop_decided_by_values() -> None:
     text = f"""{HEAD} g (double[3,4] s) => (double[3,4] last) <double[4,4] w> {{
       last = Loop ( , , s) <body = b (int64 i, bool go, double[3,4] h) => (bool on, double[3,4] after) {{
-          p = MatMul(h, w)  q = Tanh(p)  half = Constant <value = double {{0.4}}> ()  after = Mul(q, half)
-          size = ReduceSumSquare <keepdims = 0> (after)  bound = Constant <value = double {{0.05}}> ()
+          p = MatMul(h, w)  q = Tanh(p)  tenth = Constant <value = double {{0.1}}> ()  after = Mul(q, tenth)
+          size = ReduceSumSquare <keepdims = 0> (after)  bound = Constant <value = double {{0.001}}> ()
           on = Greater(size, bound) }}>
     }}"""
     proto = model(text)

@@ -106,15 +106,15 @@ def zilc(debug: bool) -> None:
 @zilc.command()
 @shared.model
 @click.option("-o", "--out", type=click.Path(), metavar="OUT.onnx", help="Write the levelled model here.")
-@click.option("--identities", type=click.Choice(["edge", "shared", "none"]), default="shared", show_default=True,
-              help="One chain of identity vertices an edge, one a tensor, or only report.")
+@click.option("--identities", type=click.Choice([*shared.PLACEMENTS, "none"]), default="shared", show_default=True,
+              help="A chain of identity vertices an edge or a tensor; the fewest vertices or bytes; or only report.")
 @shared.selection
 @shared.as_json
 def levelize(model: str, out: str | None, identities: str, as_json: bool, **given: Any) -> None:
     """Show a model's level structure; write it levelled.
 
     With -o the model is written with identity vertices on every edge that skips levels; levelizing twice changes
-    nothing.  Prints K, the vertices and identities on each level, what the identities cost by edge and shared, the
+    nothing.  Prints K, the vertices and identities on each level, what the identities cost by each placement, the
     longest skips, and each parameter's level and update step.
 
     \b
@@ -123,7 +123,7 @@ def levelize(model: str, out: str | None, identities: str, as_json: bool, **give
         zilc levelize model.onnx --json | jq .levels
     """
     if out and identities == "none":
-        raise click.UsageError("--identities none only reports; leave out -o, or choose edge or shared.")
+        raise click.UsageError("--identities none only reports; leave out -o, or choose edge, shared or min.")
     from zilc import onnx_io, pipeline
 
     with working("levels"):
@@ -209,7 +209,8 @@ def verify(
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
-    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails.
+    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails:
+    so does inference learning, and every option that breaks a condition of the theorem.
 
     \b
     Example:
@@ -220,7 +221,7 @@ def verify(
 
     training = shared.training_of(given)
     optimizers.make(training["optimizer"], training["options"])  # plays no part in gradients, but must make sense
-    wanted = {key: training[key] for key in ("loss", "class_axis", "identities")}
+    wanted = {key: training[key] for key in ("loss", "class_axis", *shared.DYNAMICS)}
     with progress("differences") as bar:
         found = verification.verify(
             model, precision=precision, inputs=inputs, seed=seed, progress=bar,  # type: ignore[arg-type]

@@ -219,7 +219,10 @@ class Emitter:
         return known
 
     def dims(self, x: gs.Tensor) -> list[Dim] | None:
-        """Shape as far as it is known: ints, names of symbolic dimensions, None for unknown; None if not even the rank."""
+        """Shape as far as it is known: ints, names of symbolic dimensions, None for unknown ones.
+
+        None for the whole if not even the rank is known.
+        """
         if x.shape is None and isinstance(x, gs.Variable):
             self._infer(x)
         return None if x.shape is None else list(x.shape)

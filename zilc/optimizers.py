@@ -13,7 +13,8 @@ from zilc.emit import Emitter
 from zilc.errors import OptionError
 
 Slots = dict[str, gs.Tensor]
-Update = Callable[["Optimizer", Emitter, gs.Tensor, gs.Tensor, Slots, gs.Tensor, gs.Tensor | None], tuple[gs.Tensor, Slots]]
+Updated = tuple[gs.Tensor, Slots]
+Update = Callable[["Optimizer", Emitter, gs.Tensor, gs.Tensor, Slots, gs.Tensor, gs.Tensor | None], Updated]
 Option = float | bool | tuple[float, ...]
 
 

@@ -12,6 +12,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Spelt out here, so that help needs none of the modules that define them.
 LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+PLACEMENTS = ("edge", "shared", "min", "min-bytes")
+#: The options that say how the dynamics run, as keyword arguments of the library.
+DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions")
 
 
 class Pair(click.ParamType):
@@ -77,8 +80,9 @@ selection = _apply(
     ]
 )  # fmt: skip
 
-#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm`` and
-#: ``identities``.
+#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``,
+#: ``identities``, and how the dynamics run: ``schedule``, ``steps``, ``gamma``, ``update_at``, ``init_noise`` and
+#: ``fixed_predictions``.
 training = _apply(
     [
         click.option("--loss", multiple=True, type=LossType(),
@@ -91,10 +95,24 @@ training = _apply(
                      help="An option of the optimizer, such as weight_decay=0.01 or betas=0.9,0.99."),
         click.option("--outputs", type=click.Choice(["next", "grad", "both"]), default="next", show_default=True,
                      help="Updated parameters, gradients, or both."),
-        click.option("--algorithm", type=click.Choice(["zil", "bp"]), default="zil", show_default=True,
-                     help="Z-IL, or plain reverse mode."),
-        click.option("--identities", type=click.Choice(["edge", "shared"]), default="shared", show_default=True,
-                     help="One chain of identity vertices an edge, or one a tensor."),
+        click.option("--algorithm", type=click.Choice(["zil", "il", "bp"]), default="zil", show_default=True,
+                     help="Z-IL, inference learning, or plain reverse mode."),
+        click.option("--identities", type=click.Choice([*PLACEMENTS, "none"]),
+                     help="One chain of identity vertices an edge, one a tensor, or the fewest vertices or bytes; "
+                          "none wants --schedule literal.  [default: shared for zil]"),
+        click.option("--schedule", type=click.Choice(["wavefront", "literal"]),
+                     help="What is left of the dynamics at each step, or all of them in a Loop.  "
+                          "[default: wavefront for zil, literal for il]"),
+        click.option("--steps", type=int, metavar="T",
+                     help="Inference steps of the literal schedule.  [default: K for zil, 20 for il]"),
+        click.option("--gamma", type=float, metavar="G",
+                     help="Integration step of the literal schedule.  [default: 1 for zil, 0.1 for il]"),
+        click.option("--update-at", type=click.Choice(["level", "end"]), default="level", show_default=True,
+                     help="Update each parameter at the step of its level, or all at the last (literal schedule)."),
+        click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
+                     help="Standard deviation of noise on the initial value nodes (literal schedule)."),
+        click.option("--fixed-predictions", is_flag=True,
+                     help="Keep predictions and derivatives at their forward values (literal schedule)."),
     ]
 )  # fmt: skip
 
@@ -111,5 +129,5 @@ def selection_of(given: dict[str, Any]) -> dict[str, Any]:
 
 def training_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`training`; they are taken out of ``given``."""
-    plain = {key: given.pop(key) for key in ("class_axis", "optimizer", "outputs", "algorithm", "identities")}
+    plain = {key: given.pop(key) for key in ("class_axis", "optimizer", "outputs", *DYNAMICS)}
     return {**plain, "loss": list(given.pop("loss")) or "energy", "options": dict(given.pop("opt"))}

@@ -16,10 +16,10 @@ import zilc.vjp  # noqa: F401  (fills the table)
 from zilc import onnx_io, optimizers
 from zilc import signature as signatures
 from zilc.errors import EnsuresError, ModelError, OptionError
-from zilc.graph import Dataflow
+from zilc.graph import INSERTED, Dataflow
 from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
-from zilc.passes import contracts, identities, parameters, prepare
+from zilc.passes import contracts, identities, parameters, placement, prepare
 from zilc.passes.dynamics import Dynamics
 from zilc.passes.identities import Placement, flow_of, insert_identities
 from zilc.passes.levels import Levels, find_levels
@@ -42,6 +42,7 @@ from zilc.passes.wavefront import wavefront
 
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
+PLACEMENTS: tuple[Placement, ...] = ("edge", "shared", "min", "min-bytes")
 #: Inference learning by default: the paper's T for its MLP, and a small integration step.
 IL_STEPS, IL_GAMMA = 20, 0.1
 Names = str | Sequence[str] | None
@@ -68,6 +69,8 @@ class Structure:
     Attributes:
         prepared: the graph (terminals appended) and where it came from.
         outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
+        levels: where the placement of identities puts vertices; by default those of the longest path.
+        longest: levels of the longest path, which fix the order of sums.
     """
 
     prepared: Prepared
@@ -76,6 +79,7 @@ class Structure:
     clamped: list[str]
     flow: Dataflow
     levels: Levels
+    longest: Levels
 
     @property
     def where(self) -> str:
@@ -99,7 +103,16 @@ def structure(
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
-    return Structure(prepared, graph, outputs, clamped, flow, find_levels(flow))
+    longest = find_levels(flow)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest)
+
+
+def placed(found: Structure, where: str) -> Structure:
+    """The structure with its vertices on the levels of a placement."""
+    if where not in ("min", "min-bytes"):
+        return found
+    by: placement.Measure = "bytes" if where == "min-bytes" else "count"
+    return replace(found, levels=placement.least_identities(found.flow, by=by))
 
 
 # --- levelize -------------------------------------------------------------------------------------------------
@@ -123,7 +136,7 @@ class Levelized:
 def levelize(
     model: ModelSource | Source,
     *,
-    identities: Literal["edge", "shared", "none"] = "shared",
+    identities: Placement | Literal["none"] = "shared",
     output: Names = None,
     wrt: Names = None,
     freeze: Names = None,
@@ -136,7 +149,8 @@ def levelize(
 
     Args:
         model: path, bytes or ModelProto.
-        identities: one chain a tensor (``shared``), one an edge (``edge``), or only report (``none``).
+        identities: one chain a tensor (``shared``), one an edge (``edge``), the fewest identity vertices or bytes
+            (``min``, ``min-bytes``), or only report (``none``).
         output: trained outputs; by default the only floating output.
         wrt, freeze: which leaves the report calls trained.  Levels do not depend on them.
         tie: pairs of initializers to be one leaf.
@@ -147,9 +161,9 @@ def levelize(
     Raises:
         ZilcError: see :mod:`zilc.errors`.
     """
-    if identities not in ("edge", "shared", "none"):
-        raise OptionError(f"no placement '{identities}'", where="--identities", hint="Choose edge, shared or none.")
+    _one_of("--identities", identities, (*PLACEMENTS, "none"))
     found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    found = placed(found, identities)
     try:
         chosen: Selection | None = parameters.select(
             found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where
@@ -167,17 +181,19 @@ def levelize(
     annotate_forward(graph, flow, levels)
     proto = _finish(graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
-    return Levelized(proto, by_name, level_report(found, chosen, identities))
+    return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS))
 
 
-def level_report(found: Structure, chosen: Selection | None, placement: str) -> dict[str, Any]:
-    """The level structure as data."""
+def level_report(
+    found: Structure, chosen: Selection | None, where: str, counted: Sequence[Placement] = ("edge", "shared")
+) -> dict[str, Any]:
+    """The level structure as data, under the placement ``where``; identities are counted for those of ``counted``."""
     flow, levels = found.flow, found.levels
     per_level = [0] * (levels.depth + 1)
     for level in levels.vertices:
         per_level[level] += 1
-    placements: tuple[Placement, ...] = ("edge", "shared")
-    costs = {name: identities.cost(flow, levels, name) for name in placements}
+    longest = replace(found, levels=found.longest)
+    costs = {name: identities.cost(flow, placed(longest, name).levels, name) for name in counted}
     skips = sorted((e for e in flow.edges if levels.gap(e) > 0), key=lambda e: (-levels.gap(e), e.consumer, e.operand))
     trained = set(chosen.parameters if chosen else ()) | set(chosen.inputs if chosen else ())
     reasons = dict(chosen.left_out) if chosen else {}
@@ -206,14 +222,14 @@ def level_report(found: Structure, chosen: Selection | None, placement: str) -> 
         "vertices": len(flow.vertices),
         "frozen_vertices": len(found.graph.nodes) - len(flow.vertices),
         "edges": len(flow.edges),
-        "placement": placement,
+        "placement": where,
         "identities": {
             name: {"vertices": c.vertices, "bytes": c.bytes if c.formula.replace(",", "").isdigit() else None, "bytes_formula": c.formula}
             for name, c in costs.items()
         },
         "per_level": [
-            {"level": n, "vertices": count, "identities_edge": costs["edge"].by_level.get(n, 0),
-             "identities_shared": costs["shared"].by_level.get(n, 0)}
+            {"level": n, "vertices": count,
+             **{f"identities_{name.replace('-', '_')}": c.by_level.get(n, 0) for name, c in costs.items()}}
             for n, count in enumerate(per_level)
         ],
         "skips": [
@@ -343,7 +359,7 @@ def emit_training(
     opset: int | None = None,
     outputs: Outputs = "next",
     algorithm: Algorithm = "zil",
-    identities: Literal["edge", "shared", "none"] | None = None,
+    identities: Placement | Literal["none"] | None = None,
     schedule: ScheduleName | None = None,
     steps: int | None = None,
     gamma: float | None = None,
@@ -372,10 +388,12 @@ def emit_training(
         opset: of the result; by default the model's, within [18, 26].
         outputs: ``next``, ``grad`` or ``both``.
         algorithm: ``zil``, ``bp`` for plain reverse mode, or ``il`` for inference learning.
-        identities: placement of identity vertices, ``shared`` or ``edge``; ``none`` with the literal schedule.
+        identities: placement of identity vertices, ``shared``, ``edge``, ``min`` or ``min-bytes``; ``none`` with the
+            literal schedule.
         schedule: ``wavefront`` computes what is left of the dynamics at each step; ``literal`` runs all of them in a
             Loop (the reference, inference learning, and the ablations; costs ``steps`` forward and backward passes).
-        steps: T of the literal schedule; by default K for ``zil`` and 20 for ``il``.
+        steps: T of the literal schedule; by default K for ``zil`` and 20 for ``il``.  With less than K the leaves of
+            levels above T are never reached.
         gamma: integration step of the literal schedule; by default 1 for ``zil`` and 0.1 for ``il``.
         update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
         init_noise: standard deviation of noise on the initial value nodes.
@@ -390,6 +408,7 @@ def emit_training(
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where)
     leaves = [*chosen.parameters, *chosen.inputs]
@@ -491,7 +510,7 @@ def _plan(
         run = LiteralRun(steps or IL_STEPS, "after", fixed_predictions, init_noise)
         return Plan("literal", "none", IL_GAMMA if gamma is None else gamma, run)
     placement = identities or "shared"
-    _one_of("--identities", placement, ("edge", "shared", "none"))
+    _one_of("--identities", placement, (*PLACEMENTS, "none"))
     if schedule != "literal":
         asked = [name for name, wish in wishes.items() if wish]
         if placement == "none":
@@ -510,10 +529,12 @@ def _plan(
 def _dynamics(found: Structure, graph: gs.Graph, plan: Plan) -> Dynamics:
     """The equations on the levelled graph, or on the graph as it is."""
     if plan.identities != "none":
-        placement: Placement = "edge" if plan.identities == "edge" else "shared"
-        graph = insert_identities(graph, flow_of(graph, found.clamped), found.levels, placement=placement)
+        where: Placement = plan.identities  # type: ignore[assignment]
+        graph = insert_identities(graph, flow_of(graph, found.clamped), found.levels, placement=where)
     flow = flow_of(graph, found.clamped)
-    return Dynamics.of(flow, find_levels(flow), gamma=plan.gamma)
+    own = zip(found.longest.vertices, found.flow.vertices, strict=True)
+    longest = tuple(level for level, node in own if not getattr(node, INSERTED, False))
+    return Dynamics.of(flow, find_levels(flow), gamma=plan.gamma, longest=longest)
 
 
 def _one_of(where: str, value: str, allowed: Sequence[str]) -> None:

@@ -158,28 +158,36 @@ class LSTM(_Recurrent):
 
 
 class Scan(PlainScan):
-    """Along any axes, either way."""
+    """Along any axes, either way; of opset 8 too, where each sequence of a batch has its length."""
 
     op_domain = ""
     body: Any
     num_scan_inputs: int
-    scan_input_axes: list[int] | None
-    scan_input_directions: list[int] | None
-    scan_output_axes: list[int] | None
-    scan_output_directions: list[int] | None
     _run_body: Any
 
     def __init__(self, node: Any, params: Any) -> None:
         OpRun.__init__(self, node, params)
 
     def _run(self, *args: Array, context: Any = None, **_: Any) -> tuple[Array, ...]:
+        if len(args) == len(self.body.input_names):
+            return self._check_and_fix_outputs(self._one(list(args), context))
+        lengths, *batches = args
+        count = len(batches) - self.num_scan_inputs
+        made = []
+        for n, entry in enumerate(zip(*batches, strict=True)):
+            steps = entry[count].shape[0] if lengths is None else int(lengths[n])
+            made.append(self._one([*entry[:count], *(x[:steps] for x in entry[count:])], context))
+        return self._check_and_fix_outputs(tuple(np.stack(ys) for ys in zip(*made, strict=True)))
+
+    def _one(self, args: list[Array], context: Any) -> tuple[Array, ...]:
         scans = self.num_scan_inputs
         count = len(args) - scans
-        states, xs = list(args[:count]), args[count:]
+        states, xs = args[:count], args[count:]
         names = self.body.input_names
         outputs = len(self.body.output_names) - count
-        axes = self.scan_input_axes or [0] * scans
-        ways = self.scan_input_directions or [0] * scans
+        axes = getattr(self, "scan_input_axes", None) or [0] * scans
+        old = getattr(self, "directions", None)
+        ways = getattr(self, "scan_input_directions", None) or old or [0] * scans
         steps = xs[0].shape[axes[0]]
         made: list[list[Array]] = [[] for _ in range(outputs)]
         for t in range(steps):
@@ -191,11 +199,12 @@ class Scan(PlainScan):
             states = results[:count]
             for into, result in zip(made, results[count:], strict=True):
                 into.append(result)
-        out_axes, out_ways = self.scan_output_axes or [0] * outputs, self.scan_output_directions or [0] * outputs
+        out_axes = getattr(self, "scan_output_axes", None) or [0] * outputs
+        out_ways = getattr(self, "scan_output_directions", None) or [0] * outputs
         stacked = [
             np.stack(ys[::-1] if way else ys, axis) for ys, axis, way in zip(made, out_axes, out_ways, strict=True)
         ]
-        return self._check_and_fix_outputs((*states, *stacked))
+        return (*states, *stacked)
 
 
 class Loop(PlainLoop):

@@ -120,7 +120,7 @@ def levels(page: Page, report: Mapping[str, Any], written: str | None = None) ->
     )
     page.table(
         "levels",
-        ["level", "vertices#", "identities (edge)#", "identities (shared)#"],
+        ["level", "vertices#", *(f"identities ({name})#" for name in report["identities"])],
         level_rows(report["per_level"]),
     )
     skips = report["skips"]
@@ -150,7 +150,7 @@ def levels(page: Page, report: Mapping[str, Any], written: str | None = None) ->
 
 def level_rows(per_level: Sequence[Mapping[str, int]], most: int = MOST_LEVELS) -> list[list[Any]]:
     """A row a level; equal neighbours share one (``3-7``), and where that is not short enough, ranges are summed."""
-    keys = ("vertices", "identities_edge", "identities_shared")
+    keys = [key for key in (per_level[0] if per_level else ()) if key != "level"]
     runs: list[tuple[int, int, tuple[int, ...]]] = []
     for entry in per_level:
         level, counts = entry["level"], tuple(entry[key] for key in keys)
@@ -289,10 +289,11 @@ def trained(page: Page, history: Sequence[Mapping[str, Any]], written: str) -> N
 
 def verification(page: Page, data: Mapping[str, Any]) -> None:
     """What ``zilc verify`` prints."""
-    ran = data["executor"]
+    ran, name = data["executor"], {"zil": "Z-IL", "il": "IL", "bp": "BP"}[data["algorithm"]]
     page.facts(
         {
             "model": data["model"],
+            "algorithm": f"{data['algorithm']}, {data['schedule']}",
             "precision": data["precision"],
             "training graphs ran in": ran["training"],
             "differences ran in": ran["differences"],
@@ -301,7 +302,7 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
     )
     page.table(
         "parameters",
-        ["name", "level#", "Z-IL and BP", "gradient norm#", "directions#", "error#"],
+        ["name", "level#", f"{name} and BP", "gradient norm#", "directions#", "error#"],
         [
             [p["name"], p["level"], "bits equal" if p["bits_equal"] else f"differ by up to {p['max_ulp']} ulp",
              p["gradient_norm"], p["directions"], p["max_error"]]
@@ -309,7 +310,7 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
         ],
     )  # fmt: skip
     page.line()
-    page.line(f"Z-IL equals BP bit for bit: {'yes' if data['zil_equals_bp'] else 'no'}")
+    page.line(f"{name} equals BP bit for bit: {'yes' if data['zil_equals_bp'] else 'no'}")
     page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
 
 

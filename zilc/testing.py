@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.vjp import table
+from zilc.vjp import inner, table
 
 
 def op_model(
@@ -29,7 +29,8 @@ def op_model(
     """A model of one operator.
 
     Args:
-        inputs: one array an operand; None for an absent optional one.
+        inputs: one array an operand; None for an absent optional one.  An operand that a subgraph among ``attrs``
+            reads by its name (``x0``, ``x1`` …) is captured, not listed.
         symbolic: every dimension of every graph input is symbolic.
         constant: operands that are initializers instead of graph inputs.
     """
@@ -45,7 +46,10 @@ def op_model(
         shape: Sequence[int | str] = [f"d{i}_{k}" for k in range(x.ndim)] if symbolic else x.shape
         infos.append(onnx.helper.make_tensor_value_info(names[i], kind, shape))
     results = [f"y{k}" for k in range(outputs)]
-    node = onnx.helper.make_node(op_type, names, results, name="node", **(attrs or {}))
+    subgraphs = [value for value in (attrs or {}).values() if isinstance(value, onnx.GraphProto)]
+    captured = {name for value in subgraphs for name in _read(value) if name}
+    listed = [name for name in names if name not in captured]
+    node = onnx.helper.make_node(op_type, listed, results, name="node", **(attrs or {}))
     empty = [onnx.helper.make_empty_tensor_value_info(name) for name in results]
     graph = onnx.helper.make_graph([node], "op", infos, empty, initializers)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
@@ -60,6 +64,16 @@ def op_model(
         del inferred.graph.value_info[:]
     onnx.checker.check_model(inferred, full_check=True)
     return inferred
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that a subgraph's nodes read, at any depth."""
+    found = {name for node in graph.node for name in node.input} | {y.name for y in graph.output}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                found |= _read(attribute.g)
+    return found
 
 
 def vjp_model(model: onnx.ModelProto, *, operands: Sequence[int] | None = None) -> onnx.ModelProto:
@@ -83,15 +97,19 @@ def vjp_model(model: onnx.ModelProto, *, operands: Sequence[int] | None = None) 
         else:
             cotangents.append(None)
     cotangents += [None] * (len(node.outputs) - len(cotangents))
-    for index in range(len(node.inputs)):
+    for place, x in enumerate(inner.operands(node)):
+        if place >= len(node.inputs) and isinstance(x, gs.Constant):
+            continue
+        # With captured operands, which come last, places are not those of the inputs.
+        index = int(x.name[1:]) if rule.whole is not None and x.name else place
         if operands is not None and index not in operands:
             continue
-        if not table.is_differentiable_operand(node, index, graph.opset):
+        if not inner.passes(node, place, graph.opset):
             continue
-        d = table.vjp(op, node, index, cotangents)
+        d = table.vjp(op, node, place, cotangents)
         if d is None:
             continue
-        out = gs.Variable(f"d{index}", dtype=node.inputs[index].dtype, shape=node.inputs[index].shape)
+        out = gs.Variable(f"d{index}", dtype=x.dtype, shape=x.shape)
         graph.nodes.append(gs.Node("Identity", name=f"d{index}", inputs=[d], outputs=[out]))
         graph.outputs.append(out)
     made = onnx_io.to_proto(graph, infer=True)

@@ -207,7 +207,8 @@ def _arrays(inputs: Any) -> tuple[Mapping[str, np.ndarray], str]:
         with np.load(path, allow_pickle=False) as archive:
             return {n: archive[n] for n in archive.files}, str(path)
     except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise DataError("is not an .npz archive of arrays", where=str(path), hint="Write it with numpy.savez.") from error
+        hint = "Write it with numpy.savez."
+        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
 
 
 def _targets(

@@ -183,13 +183,16 @@ def test_optional_outputs_that_rules_read() -> None:
 def test_an_operand_without_derivative_stays_at_its_forward_value() -> None:
     """Running statistics made by an active vertex: the edge takes no part in levels, so that vertex moves too early."""
     sample = sample_of(
-        "g (double[4, 3] x) => (double[4, 3] y, double[3] v)"
-        "<double[4, 3] w1, double[3] w2, double[3] w3, int64[1] rows = {0}>"
-        "{ a = Mul (x, w1)  q = Mul (a, a)  m = ReduceMean <keepdims = 0> (a, rows)"
-        "  v = ReduceMean <keepdims = 0> (q, rows)  b = Tanh (a)  c = Tanh (b)  d = Tanh (c)"
-        "  y = BatchNormalization (d, w2, w3, m, v) }",
-        ["y", "v"],
+        "g (double[4, 3] x) => (double[4, 3] y, double[3] z)"
+        "<double[4, 3] w1, double[3] w2, double[3] w3, double[3] w4, int64[1] rows = {0}, double[3] v = {1, 2, 0.5}>"
+        "{ a = Mul (x, w1)  m = ReduceMean <keepdims = 0> (a, rows)  z = Neg (m)"
+        "  b = BatchNormalization (a, w2, w3, m, v)  c = Tanh (b)  d = Mul (c, w4)  y = Tanh (d) }",
+        ["y", "z"],
     )
+    sample.leaves.remove("v")
+    # m is on level 1 and moves in step 0; the normalization is on level 3, and its error passes in step 3.
+    levels = zilc.levelize(sample.model, output=["y", "z"]).levels
+    assert (levels["n1"], levels["n3"]) == (1, 3)
     check(sample)
     check(sample, identities="min")
 
@@ -250,6 +253,29 @@ def test_one_loop_of_standard_operators() -> None:
     nodes = [*step.model.graph.node, *loops[0].attribute[0].g.node]
     assert {n.domain for n in nodes} == {""}
     onnx.checker.check_model(step.model, full_check=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_noise": 0.1}, {"identities": "none"}, {"algorithm": "il"}])
+def test_onnxruntime_says_nothing(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    import onnxruntime
+
+    proto = models.build("residual", inputs=9, hidden=5)
+    step = zilc.emit_training(proto, **{"schedule": "literal", "algorithm": "zil", **options})
+    capfd.readouterr()
+    onnxruntime.InferenceSession(step.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
+
+
+def test_too_few_steps_leave_the_far_leaves_alone() -> None:
+    sample = random_graphs.seeded(3, max_steps=20)
+    wave = training(sample, "zil")
+    levels = {p["name"]: p["level"] for p in (*wave.signature["parameters"], *wave.signature["input_grads"])}
+    steps = max(levels.values()) - 1
+    expected, _ = gradients(sample, wave, "unoptimized")
+    found, _ = gradients(sample, training(sample, "zil", schedule="literal", steps=steps), "unoptimized")
+    assert {level > steps for level in levels.values()} == {True, False}
+    for name, level in levels.items():
+        assert np.array_equal(found[name], expected[name] if level <= steps else np.zeros_like(expected[name]))
 
 
 def test_the_same_input_gives_the_same_bytes() -> None:

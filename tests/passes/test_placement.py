@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -229,3 +230,18 @@ def test_several_outputs_stay_on_level_0() -> None:
     made = zilc.levelize(model(WEAVE), identities="min", output=["h", "y"])
     assert made.levels["last"] == 0
     assert made.report["identities"]["min"]["vertices"] <= made.report["identities"]["shared"]["vertices"]
+
+
+#: The image networks that ship with onnx; those with large weights are chains, which need no identities.
+ZOO = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+CHAINS = [pytest.param(name, marks=pytest.mark.long) for name in ("bvlc_alexnet", "zfnet512", "vgg19")]
+
+
+@pytest.mark.parametrize(
+    "name", ["shufflenet", "squeezenet", "inception_v1", "inception_v2", "densenet121", "resnet50", *CHAINS]
+)
+def test_no_more_than_shared_on_the_model_zoo(name: str) -> None:
+    counted = zilc.levelize(ZOO / f"light_{name}.onnx", identities="none").report["identities"]
+    assert counted["min"]["vertices"] <= counted["shared"]["vertices"] <= counted["edge"]["vertices"]
+    assert counted["min-bytes"]["bytes"] <= counted["shared"]["bytes"] <= counted["edge"]["bytes"]
+    assert counted["min"]["vertices"] <= counted["min-bytes"]["vertices"]

@@ -116,12 +116,13 @@ def test_optional_outputs(kind: str, outputs: int) -> None:
     check_gradients(case.model(), case.operands())
 
 
-def test_one_step_from_zero_reads_no_recurrence() -> None:
-    """R is multiplied by nothing: it is no leaf of the graph, and left out with the reason."""
-    model = Recurrent("GRU", steps=1, initial=False, outputs=1).model(constant=("W", "R", "B"))
-    report = zilc.emit_training(model, outputs="grad").report
-    assert {p["name"] for p in report["trained"]} == {"W", "B"}
-    assert "R" in {entry["name"] for entry in report["left_out"]} or "R" not in str(report["leaves"])
+@pytest.mark.parametrize("kind", GATES)
+def test_one_step_from_zero_keeps_the_recurrence_a_leaf(kind: str) -> None:
+    """R is multiplied by zeros, so that its gradient is zero; it can be trained nevertheless."""
+    case = Recurrent(kind, steps=1, initial=False, outputs=1)
+    check_gradients(case.model(), case.operands())
+    targets = [np.zeros((1, 1, case.batch, case.hidden))]
+    assert not gradients(case.model(), case.operands(), targets)["R"].any()
 
 
 @pytest.mark.parametrize("opset", [7, 14, 17, 22])
@@ -178,17 +179,56 @@ def test_the_papers_network_equals_its_twin(rnn: onnx.ModelProto) -> None:
 
 def test_long_sequences_stay_one_vertex() -> None:
     case = Recurrent("GRU", steps=unroll.LIMIT + 1)
-    prepared = prepare(onnx_io.load(case.model()))
+    prepared = prepare(onnx_io.load(case.model(np.float32)))
     assert [n.op for n in prepared.graph.nodes] == ["GRU"]
     assert any("one vertex" in note and str(unroll.LIMIT + 1) in note for note in prepared.notes)
 
 
 def test_a_symbolic_length_stays_one_vertex_until_it_is_settled() -> None:
-    model = Recurrent("LSTM").model(symbolic=("T",))
+    model = Recurrent("LSTM").model(np.float32, symbolic=("T",))
     report = zilc.levelize(model, output="Y").report
     assert any("one vertex" in note and "--dim" in note for note in report["notes"])
     report = zilc.levelize(model, output="Y", dims={"T": 4}).report
     assert any("4 time steps" in note for note in report["notes"])
+
+
+VERTICES = [
+    case
+    for kind in GATES
+    for case in (
+        Recurrent(kind, {"direction": "bidirectional"}, lengths=(4, 2, 3)),
+        Recurrent(kind, {"layout": 1}, initial=False),
+    )
+]
+
+
+@pytest.mark.parametrize("case", VERTICES, ids=str)
+def test_gradients_of_one_vertex(case: Recurrent) -> None:
+    """A symbolic length in float64 is a Scan, which onnxruntime runs in that type."""
+    model = case.model(symbolic=("T", "N"))
+    assert "Scan" in {n.op for n in prepare(onnx_io.load(model)).graph.nodes}
+    check_gradients(model, case.operands())
+
+
+@pytest.mark.parametrize("case", VERTICES, ids=str)
+def test_one_vertex_in_float32_on_onnxruntime(case: Recurrent) -> None:
+    """Beside the unrolled graph in float64; rtol 2e-5 of each gradient's norm."""
+    feeds = case.operands()
+    targets = [np.ones_like(y) for y in evaluator(case.model()).run(None, feeds)]
+    expected = gradients(case.model(), feeds, targets)
+    small = [t.astype("f") for t in targets]
+    got = gradients(case.model(np.float32, symbolic=("T", "N")), cast(feeds, np.float32), small)
+    for name, gradient in expected.items():
+        assert np.linalg.norm(got[name] - gradient) <= 2e-5 * np.linalg.norm(gradient), name
+
+
+def test_one_vertex_is_levelled_bit_for_bit() -> None:
+    case = Recurrent("LSTM", {"direction": "bidirectional"})
+    model = case.model(np.float32, symbolic=("T",))
+    feeds = cast(case.operands(), np.float32)
+    levelled = zilc.levelize(model, output="Y").model
+    before, after = executor(model)(feeds), executor(levelled)(feeds)
+    assert {n: y.tobytes() for n, y in before.items()} == {n: after[n].tobytes() for n in before}
 
 
 # -- as exporters write them --
