@@ -262,9 +262,10 @@ def _compute(
     shell.inputs, shell.metadata = inputs, {}
     shell.outputs = [t for t in outputs if t.name == wanted.name]
     try:
-        result = np.asarray(list(evaluator(onnx_io.to_proto(shell, ir_version=10)).run(None, arrays))[0])
+        (found,) = evaluator(onnx_io.to_proto(shell, ir_version=10)).run(None, arrays)
     except Exception:  # whatever the evaluator cannot do is not known beforehand
         return None
+    result = np.asarray(found)
     return result if result.size <= _SMALL else None
 
 
