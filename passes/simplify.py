@@ -11,6 +11,9 @@ import onnx_graphsurgeon as gs
 
 from zilc.graph import captured
 
+#: A matrix of more elements than this (4 MiB in float32) no longer stays in the cache between passes.
+IN_CACHE = 1 << 20
+
 
 def simplify(graph: gs.Graph) -> gs.Graph:
     """Run the clean-up (in place).
@@ -38,13 +41,15 @@ def drop_dead(graph: gs.Graph) -> gs.Graph:
 
 
 def fold_updates(graph: gs.Graph) -> None:
-    """A matrix updated by plain SGD is accumulated by the very product that makes its gradient (in place).
+    """Plain SGD on a matrix: the learning rate goes into the smaller factor of the gradient's product (in place).
 
     Before:  g = Gemm(A', B'),  W.next = Sub(W, Mul(g, lr))
-    After:   W.next = Gemm(A', Mul(B', Neg(lr)), W)
+    After:   W.next = Sub(W, Gemm(A', Mul(B', lr)))              for a matrix that stays in the cache
+             W.next = Gemm(A', Mul(B', Neg(lr)), W)              for a larger one
 
-    This saves writing the gradient and two passes over the weight, which is most of the memory traffic of a wide
-    layer.  The smaller factor takes the learning rate.  Only where nothing else reads the gradient.
+    Both save a pass over a tensor of the weight's size; the second writes no gradient at all, which is most of the
+    memory traffic of a wide layer, while on small ones onnxruntime's copy of the addend costs more than it saves.
+    Only where nothing else reads the gradient.
     """
     readers: dict[str, int] = {}
     maker: dict[str, gs.Node] = {}
@@ -69,16 +74,22 @@ def fold_updates(graph: gs.Graph) -> None:
             continue
         weight, rate = sub.inputs[0], mul.inputs[1]
         made = []
-        if rate.name not in negated:
+        factor = int(_size(gemm.inputs[1]) <= _size(gemm.inputs[0]))
+        large = _size(weight) > IN_CACHE
+        if large and rate.name not in negated:
             negated[rate.name] = gs.Variable(f"{rate.name}/negated", dtype=rate.dtype, shape=[])
             made.append(_node("Neg", [rate], [negated[rate.name]], mul))
-        factor = int(_size(gemm.inputs[1]) <= _size(gemm.inputs[0]))
         scaled = gs.Variable(f"{sub.outputs[0].name}/scaled", dtype=weight.dtype, shape=gemm.inputs[factor].shape)
-        made.append(_node("Mul", [gemm.inputs[factor], negated[rate.name]], [scaled], mul))
+        made.append(_node("Mul", [gemm.inputs[factor], negated[rate.name] if large else rate], [scaled], mul))
         operands = [gemm.inputs[0], scaled] if factor else [scaled, gemm.inputs[1]]
-        update = _node("Gemm", [*operands, weight], [sub.outputs[0]], sub)
-        update.attrs = dict(gemm.attrs)
-        replaced[id(sub)] = [*made, update]
+        if large:
+            made.append(_node("Gemm", [*operands, weight], [sub.outputs[0]], sub))
+        else:
+            change = gs.Variable(f"{sub.outputs[0].name}/change", dtype=weight.dtype, shape=weight.shape)
+            made.append(_node("Gemm", operands, [change], gemm))
+            made.append(_node("Sub", [weight, change], [sub.outputs[0]], sub))
+        next(n for n in made if n.op == "Gemm").attrs = dict(gemm.attrs)
+        replaced[id(sub)] = made
     if replaced:
         graph.nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
 

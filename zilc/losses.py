@@ -96,7 +96,7 @@ def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -
     index = op.Unsqueeze(y, [axis])
     n = op.count(y, op.dtype(mu))
     picked = op.GatherElements(log_p, index, axis=axis)
-    loss = op.Neg(op.Div(op.ReduceSum(picked, keepdims=0), n))
+    loss = op.Mul(op.ReduceSum(picked, keepdims=0), op.Div(op.scalar_like(-1, mu), n))
     minus_one = op.Expand(op.scalar_like(-1, mu), op.shape_of(index))
     difference = op.ScatterElements(op.Exp(log_p), index, minus_one, axis=axis, reduction="add")
     return loss, op.Mul(difference, op.Div(op.scalar_like(1, mu), n))

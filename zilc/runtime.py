@@ -263,6 +263,16 @@ class Trainer:
         arrays: Mapping[str, np.ndarray] = feeds if fast else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
             self._rebind(arrays)
+        if self._device[0] == "cpu":
+            # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
+            binding = self._bindings[self._side]
+            for name, array in arrays.items():
+                if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
+                    binding.bind_cpu_input(name, array)
+                else:
+                    buffers[name].write(array)
+                    binding.bind_ortvalue_input(name, buffers[name].value)
+            return
         for name, array in arrays.items():
             buffers[name].write(array)
 
