@@ -180,10 +180,12 @@ def _with_functions(proto: onnx.ModelProto, operators: Collection[tuple[str, str
             continue
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
         types = [kinds.get(name, onnx.TypeProto()).SerializeToString() for name in node.input]
-        since = [v for v in schema.context_dependent_function_opset_versions if v <= version]
+        versions = schema.context_dependent_function_opset_versions  # type: ignore[attr-defined]
+        since = [v for v in versions if v <= version]
         if not since:
             continue
-        body = schema.get_context_dependent_function_with_opset_version(max(since), node.SerializeToString(), types)
+        body_of = schema.get_context_dependent_function_with_opset_version  # type: ignore[attr-defined]
+        body = body_of(max(since), node.SerializeToString(), types)
         function = onnx.FunctionProto.FromString(body)
         function.domain, function.name = "zilc.body", f"{node.op_type}_{count}"
         node.domain, node.op_type = function.domain, function.name

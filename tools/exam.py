@@ -638,11 +638,11 @@ def _first(attempts: Sequence[Callable[[], Any]], what: type[Exception]) -> Any:
 
 def _active(model: onnx.ModelProto, floating: Sequence[str], outputs: Sequence[str]) -> list[str]:
     """The inputs that a gradient reaches, by zilc's word."""
-    from zilc import pipeline
+    from zilc.analysis import structure
     from zilc.errors import ModelError
 
     def leaves(opset: int | None) -> list[str]:
-        found = pipeline.structure(model, output=list(outputs), opset=opset)
+        found = structure(model, output=list(outputs), opset=opset)
         return [n for n in floating if n in set(found.flow.leaves)]
 
     return _first([partial(leaves, opset) for opset in _opsets(model)], ModelError)

@@ -7,7 +7,7 @@ import sys
 import onnx_graphsurgeon as gs
 
 import zilc
-from zilc import pipeline
+from zilc import analysis
 from zilc.errors import ZilcError
 from zilc.passes.dynamics import Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum, Term
 from zilc.passes.identities import flow_of, insert_identities
@@ -40,7 +40,7 @@ def text(term: Term, dynamics: Dynamics) -> str:
 
 def walk(path: str) -> list[str]:
     """The whole road as lines."""
-    found = pipeline.structure(path)
+    found = analysis.structure(path)
     flow, levels = found.flow, found.levels
     lines = ["1. prepared: opset settled, constants lifted, Identity nodes removed"]
     lines += [f"   {line(node)}" for node in found.graph.nodes]

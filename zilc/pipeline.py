@@ -15,14 +15,15 @@ import onnx_graphsurgeon as gs
 import zilc.vjp  # noqa: F401  (fills the table)
 from zilc import onnx_io, optimizers
 from zilc import signature as signatures
+from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
-from zilc.graph import INSERTED, Dataflow
+from zilc.graph import INSERTED
 from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
-from zilc.passes import contracts, identities, parameters, placement, prepare
+from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
 from zilc.passes.identities import Placement, flow_of, insert_identities
-from zilc.passes.levels import Levels, find_levels
+from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
 from zilc.passes.parameters import Selection
@@ -39,13 +40,13 @@ from zilc.passes.training import (
     make_extra_outputs,
 )
 from zilc.passes.wavefront import wavefront
+from zilc.report import level_report
 
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
 PLACEMENTS: tuple[Placement, ...] = ("edge", "shared", "min", "min-bytes")
 #: Inference learning by default: the paper's T for its MLP, and a small integration step.
 IL_STEPS, IL_GAMMA = 20, 0.1
-Names = str | Sequence[str] | None
 
 
 def version() -> str:
@@ -54,65 +55,6 @@ def version() -> str:
         return metadata.version("zilc")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _names(names: Names) -> list[str]:
-    if names is None:
-        return []
-    return [names] if isinstance(names, str) else list(names)
-
-
-@dataclass
-class Structure:
-    """A prepared model with its trained outputs, levels and parameters.
-
-    Attributes:
-        prepared: the graph (terminals appended) and where it came from.
-        outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
-        levels: where the placement of identities puts vertices; by default those of the longest path.
-        longest: levels of the longest path, which fix the order of sums.
-    """
-
-    prepared: Prepared
-    graph: gs.Graph
-    outputs: list[str]
-    clamped: list[str]
-    flow: Dataflow
-    levels: Levels
-    longest: Levels
-
-    @property
-    def where(self) -> str:
-        return self.prepared.source.name
-
-
-def structure(
-    model: ModelSource | Source,
-    *,
-    output: Names = None,
-    dims: Mapping[str, int] | None = None,
-    tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
-    opset: int | None = None,
-    base_dir: str | os.PathLike[str] | None = None,
-) -> Structure:
-    """Load, prepare, choose outputs, find levels."""
-    source = onnx_io.load(model, base_dir=base_dir)
-    ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
-    prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=_names(output))
-    outputs = prepare.choose_outputs(prepared.graph, _names(output), source.name)
-    graph, clamped = prepare.append_terminals(prepared.graph, outputs)
-    contracts.require(contracts.acyclic(graph), "acyclic")
-    flow = flow_of(graph, clamped)
-    longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest)
-
-
-def placed(found: Structure, where: str) -> Structure:
-    """The structure with its vertices on the levels of a placement."""
-    if where not in ("min", "min-bytes"):
-        return found
-    by: placement.Measure = "bytes" if where == "min-bytes" else "count"
-    return replace(found, levels=placement.least_identities(found.flow, by=by))
 
 
 # --- levelize -------------------------------------------------------------------------------------------------
@@ -166,7 +108,7 @@ def levelize(
     found = placed(found, identities)
     try:
         chosen: Selection | None = parameters.select(
-            found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where
+            found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where
         )
     except ModelError:
         if wrt or freeze:
@@ -182,127 +124,6 @@ def levelize(
     proto = _finish(graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
     return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS))
-
-
-def level_report(
-    found: Structure, chosen: Selection | None, where: str, counted: Sequence[Placement] = ("edge", "shared")
-) -> dict[str, Any]:
-    """The level structure as data, under the placement ``where``; identities are counted for those of ``counted``."""
-    flow, levels = found.flow, found.levels
-    per_level = [0] * (levels.depth + 1)
-    for level in levels.vertices:
-        per_level[level] += 1
-    longest = replace(found, levels=found.longest)
-    costs = {name: identities.cost(flow, placed(longest, name).levels, name) for name in counted}
-    skips = sorted((e for e in flow.edges if levels.gap(e) > 0), key=lambda e: (-levels.gap(e), e.consumer, e.operand))
-    trained = set(chosen.parameters if chosen else ()) | set(chosen.inputs if chosen else ())
-    reasons = dict(chosen.left_out) if chosen else {}
-    everything = flow.tensors
-    leaves = []
-    for name in flow.leaves:
-        tensor = everything[name]
-        level = levels.leaves[name]
-        leaves.append(
-            {
-                "name": name,
-                "kind": "parameter" if isinstance(tensor, gs.Constant) else "input",
-                "shape": list(tensor.shape) if tensor.shape is not None else None,
-                "level": level,
-                "update_step": level - 1 if name in trained else None,
-                "trained": name in trained,
-                "consumers": len(flow.readers.get(name, [])),
-                "reason": None if name in trained else reasons.get(name, "model input" if not isinstance(tensor, gs.Constant) else ""),
-            }
-        )  # fmt: skip
-    return {
-        "model": found.where,
-        "opset": found.graph.opset,
-        "outputs": found.outputs,
-        "levels": levels.depth,
-        "vertices": len(flow.vertices),
-        "frozen_vertices": len(found.graph.nodes) - len(flow.vertices),
-        "edges": len(flow.edges),
-        "placement": where,
-        "identities": {
-            name: {"vertices": c.vertices, "bytes": c.bytes if c.formula.replace(",", "").isdigit() else None, "bytes_formula": c.formula}
-            for name, c in costs.items()
-        },
-        "per_level": [
-            {"level": n, "vertices": count,
-             **{f"identities_{name.replace('-', '_')}": c.by_level.get(n, 0) for name, c in costs.items()}}
-            for n, count in enumerate(per_level)
-        ],
-        "skips": [
-            {"tensor": e.tensor, "from": flow.names[e.source] if e.source is not None else e.tensor,
-             "to": flow.names[e.consumer], "operand": e.operand, "from_level": levels.of(e),
-             "to_level": levels.vertices[e.consumer], "identities": levels.gap(e)}
-            for e in skips
-        ],
-        "vertex_levels": {flow.names[v]: n for v, n in enumerate(levels.vertices)},
-        "leaves": leaves,
-        "left_out": [{"name": n, "reason": r} for n, r in (chosen.left_out if chosen else [])],
-        "notes": notes(found, chosen),
-    }  # fmt: skip
-
-
-def notes(found: Structure, chosen: Selection | None) -> list[str]:
-    """What the user should know about the file: ties, merges, operators in inference form."""
-    lines = list(found.prepared.notes)
-    ops = [n.op for n in found.graph.nodes]
-    if "BatchNormalization" in ops:
-        lines.append(
-            f"{ops.count('BatchNormalization')} BatchNormalization vertices use their running statistics, which stay as they are"
-        )
-    elif any(op in ("Conv", "ConvTranspose") for op in ops):
-        lines.append(
-            "no BatchNormalization in the file: exporters fold it into Conv when they export in inference mode"
-        )
-    if "Dropout" in ops:
-        lines.append(f"{ops.count('Dropout')} Dropout vertices pass everything, as in inference")
-    if chosen:
-        merged = [n for n in chosen.parameters if len(found.flow.readers.get(n, ())) > 1]
-        for name in merged[:8]:
-            count = len(found.flow.readers[name])
-            lines.append(
-                f"parameter '{name}' is read {count} times: shared by the model, or equal constants that the exporter merged"
-            )
-        if len(merged) > 8:
-            lines.append(f"and {len(merged) - 8} more parameters that are read several times")
-        lines += _looks_tied(found, chosen)
-    for b, (a, transposed) in found.prepared.ties.items():
-        lines.append(f"'{b}' is tied to '{a}'{' (transposed)' if transposed else ''}")
-    return lines
-
-
-def _looks_tied(found: Structure, chosen: Selection) -> list[str]:
-    """Pairs of trained matrices, equal or transposed in a sample of entries: a tied weight that was written twice."""
-    everything = found.flow.tensors
-    by_shape: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name in chosen.parameters:
-        tensor = everything[name]
-        shape = tuple(int(n) for n in tensor.shape)
-        if len(shape) < 2 or isinstance(tensor._values, onnx_io.FilledValues):
-            continue
-        # A matrix and its transpose land in the same drawer.
-        by_shape.setdefault((str(tensor.dtype), tuple(sorted(shape))), []).append(name)
-    lines = []
-    for drawer in by_shape.values():
-        samples: dict[bytes, str] = {}
-        for name in drawer:
-            array = onnx_io.values(everything[name])
-            for transposed in (False, True) if array.ndim == 2 else (False,):
-                view = array.T if transposed else array
-                rows = np.linspace(0, view.shape[0] - 1, 8).astype(int)
-                key = np.ascontiguousarray(view[rows][..., np.linspace(0, view.shape[-1] - 1, 8).astype(int)]).tobytes()
-                key += str(view.shape).encode()
-                other = samples.get(key)
-                if other is not None and other != name:
-                    how = "the transpose of" if transposed else "equal to"
-                    lines.append(f"'{name}' looks {how} '{other}' (sampled): a tied weight? --tie {other}={name}")
-                    break
-                if not transposed:
-                    samples.setdefault(key, name)
-    return lines
 
 
 # --- emit_training --------------------------------------------------------------------------------------------
@@ -410,7 +231,7 @@ def emit_training(
     found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
-    chosen = parameters.select(found.graph, found.flow, wrt=_names(wrt), freeze=_names(freeze), where=found.where)
+    chosen = parameters.select(found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where)
     leaves = [*chosen.parameters, *chosen.inputs]
     # In the literal schedule every value node moves, whatever is trained.
     reached = leaves if plan.literal is None else found.flow.leaves
@@ -442,7 +263,7 @@ def emit_training(
         emit_literal(training, dynamics, leaves, plan.settled(dynamics.levels.depth))
     graph = simplify(training.finish())
     made = _signature(training, found, chosen, algorithm, plan)
-    renamed = {training_name: name for name, training_name in _state_names(training, chosen).items()}
+    renamed = {training_name: name for name, training_name in _statename_list(training, chosen).items()}
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
@@ -623,7 +444,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
     return lambda: np.zeros(shape, dtype)
 
 
-def _state_names(training: TrainingGraph, chosen: Selection) -> dict[str, str]:
+def _statename_list(training: TrainingGraph, chosen: Selection) -> dict[str, str]:
     """Key of :func:`_state` -> name in the training graph."""
     names = {}
     for name in chosen.parameters:

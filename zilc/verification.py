@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 
 from zilc import onnx_io
+from zilc.analysis import Names, Structure, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
 from zilc.feeds import checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
-from zilc.pipeline import Names, Structure, TrainingStep, emit_training, settle_losses, structure
+from zilc.pipeline import TrainingStep, emit_training, settle_losses
 
 #: Largest directional error accepted, relative to |gradient| |direction|.  Central differences in float64 with a
 #: relative step of 1e-5 are good to about 1e-8; float32 gradients of deep networks reach 1e-3 (ZIL.md, section 8).

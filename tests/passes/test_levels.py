@@ -7,11 +7,11 @@ import pytest
 
 import zilc
 from tests.graphs import CHAIN, SKIP, WEAVE, model
-from zilc import pipeline
+from zilc import analysis
 
 
 def levels(text, **options):
-    found = pipeline.structure(model(text), **options)
+    found = analysis.structure(model(text), **options)
     named = {found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}
     return found.levels.depth, {**named, **found.levels.leaves}
 
@@ -56,7 +56,7 @@ def test_edges_without_a_derivative_take_no_part(line, frozen):
     text = f"""<ir_version: 10, opset_import: ["" : 18]>
     g (float[N,4] x) => (float[N,4] h2) <float[4,4] w> {{ h1 = MatMul(x, w)
     {line} }}"""
-    found = pipeline.structure(model(text))
+    found = analysis.structure(model(text))
     assert not frozen & set(found.flow.names)
     assert found.levels.depth == 2
 
@@ -65,7 +65,7 @@ def test_running_statistics_are_frozen():
     text = """<ir_version: 10, opset_import: ["" : 18]>
     g (float[N,4] x) => (float[N,4] y) <float[4] s, float[4] b, float[4] m, float[4] v> {
       y = BatchNormalization(x, s, b, m, v) }"""
-    found = pipeline.structure(model(text))
+    found = analysis.structure(model(text))
     assert found.flow.leaves == ["x", "s", "b"]
 
 
@@ -78,7 +78,7 @@ def test_a_leaf_that_is_the_output():
     proto = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 18]> g (float[2] x) => (float[2] y, float[2] x) { y = Neg(x) }'
     )
-    found = pipeline.structure(proto, output="x")
+    found = analysis.structure(proto, output="x")
     assert found.levels.leaves == {"x": 1}
     step = zilc.emit_training(proto, output="x", wrt="x", outputs="grad")
     from zilc.executors import executor

@@ -14,7 +14,7 @@ import zilc
 from tests import random_graphs, simulator
 from tests.graphs import SKIP, WEAVE, model
 from tests.test_properties import clamped, gradients, run, same_bits, training
-from zilc import models, pipeline
+from zilc import analysis, models
 from zilc.graph import Dataflow
 from zilc.onnx_io import serialize
 from zilc.passes.levels import Levels
@@ -73,7 +73,7 @@ def test_exhaustive_search_on_small_graphs() -> None:
     searched = better = 0
     for seed in range(160):
         sample = random_graphs.seeded(seed, max_steps=12)
-        found = pipeline.structure(sample.model, output=sample.outputs)
+        found = analysis.structure(sample.model, output=sample.outputs)
         flow, lowest = found.flow, found.levels
         highest = latest_levels(flow, lowest)
         slack = np.prod([b - a + 1 for a, b in zip(lowest.vertices, highest, strict=True)], dtype=float)
@@ -95,7 +95,7 @@ def test_exhaustive_search_on_small_graphs() -> None:
 def test_by_hand() -> None:
     """fc 4, e1 3, e2 2, e3 1, join 0; sum may sit on 1, 2 or 3.  On 1 it needs two identities on a, on 3 two on s."""
     proto = fork()
-    found = pipeline.structure(proto, dims={"N": 5})
+    found = analysis.structure(proto, dims={"N": 5})
     by_name = dict(zip(found.flow.names, found.levels.vertices, strict=True))
     assert by_name == {"fc": 4, "e1": 3, "e2": 2, "e3": 1, "sum": 1, "join": 0}
     levels = least_identities(found.flow, by="bytes")
@@ -107,7 +107,7 @@ def test_by_hand() -> None:
     report = zilc.levelize(proto, identities="min-bytes", dims={"N": 5}).report["identities"]
     assert (report["min-bytes"]["bytes"], report["shared"]["bytes"]) == (64, 320)
     # A symbol counts one unless it is said to be more, so nothing is gained by moving.
-    assert least_identities(pipeline.structure(proto).flow, by="bytes").vertices[4] == 1
+    assert least_identities(analysis.structure(proto).flow, by="bytes").vertices[4] == 1
 
 
 def least_count(flow: Dataflow) -> int:
@@ -116,7 +116,7 @@ def least_count(flow: Dataflow) -> int:
 
 def test_what_is_stated_of_a_symbol_counts() -> None:
     """The sum goes up only where N makes its operand the larger one."""
-    found = pipeline.structure(fork())
+    found = analysis.structure(fork())
     at = found.flow.names.index("sum")
     moved = [least_identities(found.flow, by="bytes", dims={"N": n}).vertices[at] for n in (1, 2, 1000)]
     assert moved == [1, 3, 3]
@@ -124,7 +124,7 @@ def test_what_is_stated_of_a_symbol_counts() -> None:
 
 def test_a_level_graph_is_left_as_it_is() -> None:
     """No slack, no linear program."""
-    found = pipeline.structure(models.build("mlp3", inputs=9, hidden=5))
+    found = analysis.structure(models.build("mlp3", inputs=9, hidden=5))
     assert least_identities(found.flow) is not None
     assert least_identities(found.flow) == found.levels
     assert zilc.levelize(model(SKIP), identities="min").report["identities"]["min"]["vertices"] == 3
@@ -178,7 +178,7 @@ def test_the_order_of_sums_would_change_with_the_levels() -> None:
     changed = 0
     for seed in range(25):
         sample = random_graphs.seeded(100 + seed, max_steps=24)
-        found = pipeline.structure(sample.model, output=sample.outputs)
+        found = analysis.structure(sample.model, output=sample.outputs)
         levels = least_identities(found.flow)
         flow = flow_of(insert_identities(found.graph, found.flow, levels, placement="min"), found.clamped)
         naive = sum_order(flow, find_levels(flow))
@@ -220,7 +220,7 @@ def test_signature_and_reports_tell_the_moved_levels() -> None:
 
 
 def _moves_a_leaf(sample: random_graphs.Sample) -> bool:
-    found = pipeline.structure(sample.model, output=sample.outputs)
+    found = analysis.structure(sample.model, output=sample.outputs)
     levels = least_identities(found.flow)
     parameters = [n for n in sample.leaves if n not in sample.inputs]
     return any(levels.leaves[n] != found.levels.leaves[n] for n in parameters)

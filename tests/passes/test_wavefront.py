@@ -5,7 +5,7 @@ import pytest
 import zilc
 from tests import random_graphs
 from tests.graphs import SKIP, WEAVE, model
-from zilc import models, pipeline
+from zilc import analysis, models, pipeline
 from zilc.onnx_io import serialize
 from zilc.passes import wavefront as module
 from zilc.passes.dynamics import ZERO, Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum
@@ -14,7 +14,7 @@ from zilc.passes.levels import find_levels
 
 
 def dynamics(text=SKIP, output=None, gamma=1.0):
-    found = pipeline.structure(model(text), output=output)
+    found = analysis.structure(model(text), output=output)
     graph = insert_identities(found.graph, found.flow, found.levels)
     flow = flow_of(graph, found.clamped)
     return Dynamics.of(flow, find_levels(flow), gamma=gamma)
@@ -176,7 +176,7 @@ def test_the_literal_description_specialised_is_the_wavefront_node_for_node(monk
 def test_so_it_is_on_random_graphs():
     for seed in range(12):
         sample = random_graphs.seeded(seed)
-        found = pipeline.structure(sample.model, output=sample.outputs)
+        found = analysis.structure(sample.model, output=sample.outputs)
         graph = insert_identities(found.graph, found.flow, found.levels)
         flow = flow_of(graph, found.clamped)
         d = Dynamics.of(flow, find_levels(flow))
@@ -196,7 +196,7 @@ def test_with_one_pass_left_out_it_is_not(monkeypatch, name, left_out):
 def test_operands_have_not_moved_where_they_are_read(name):
     """Every pull that is left reads value nodes that still hold the forward pass: their level lies above its step."""
     build, options = CASES[name]
-    found = pipeline.structure(build(), output=options.get("output"))
+    found = analysis.structure(build(), output=options.get("output"))
     graph = insert_identities(found.graph, found.flow, found.levels)
     flow = flow_of(graph, found.clamped)
     d = Dynamics.of(flow, find_levels(flow))
