@@ -70,7 +70,8 @@ def ratio(a: list[float], b: list[float], rng: np.random.Generator) -> tuple[flo
     """Median of the round-by-round ratios a/b, with a bootstrapped 95 % interval."""
     pairs = np.asarray(a) / np.asarray(b)
     drawn = np.median(rng.choice(pairs, (2000, len(pairs))), axis=1)
-    return float(np.median(pairs)), *(float(x) for x in np.percentile(drawn, (2.5, 97.5)))
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(np.median(pairs)), float(low), float(high)
 
 
 def measure(network: str, peers: list[str], rounds: int, threads: int, console: Console) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 Step = Callable[[], Any]
 
 
-def zilc_step(network: str, batch: int, threads: int, algorithm: str) -> tuple[Step, dict[str, Any]]:
+def zilc_step(network: str, batch: int, threads: int, algorithm: Literal["zil", "bp"]) -> tuple[Step, dict[str, Any]]:
     """zilc's training graph in ONNX Runtime: loss, gradients and SGD update, the loss read back."""
     import zilc
     from zilc import models
@@ -53,7 +53,7 @@ def operators(model: Any) -> dict[str, int]:
 def torch_step(network: str, batch: int, threads: int, compiled: bool) -> tuple[Step, dict[str, Any]]:
     """PyTorch: zero_grad, forward, loss, backward, SGD step, the loss read back."""
     import torch
-    from bench_torch import build
+    from bench_torch import build  # type: ignore[import-not-found]
     from torch.nn import functional
 
     torch.set_num_threads(threads)
