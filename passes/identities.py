@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
 from zilc.vjp.table import is_differentiable_operand
@@ -50,7 +50,7 @@ def insert_identities(
         made: list[gs.Tensor] = []
         source = rebuild.tensor(tensor)
         for level in range(top - 1, bottom - 1, -1):
-            name = _fresh(f"{tensor.name}.id{level}{label}", names)
+            name = fresh_name(f"{tensor.name}.id{level}{label}", names)
             out = gs.Variable(name, tensor.dtype, tensor.shape)
             node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
             node.metadata = {}
@@ -95,15 +95,6 @@ def insert_identities(
     result = rebuild.finish()
     contracts.ensure(contracts.levelled(flow_of(result, flow.outputs)), "levelled")
     return result
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
 
 
 @dataclass(frozen=True)

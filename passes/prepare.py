@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import INSERTED, Rebuild
+from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
@@ -596,7 +596,7 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
     late: list[gs.Node] = []
     for name in needy:
         if name in made:
-            value = _fresh(f"{name}.value", names)
+            value = fresh_name(f"{name}.value", names)
             rebuild.tensors[name] = gs.Variable(value, everything[name].dtype, everything[name].shape)
     for name in (*needy, *kept):
         tensor = everything[name]
@@ -606,8 +606,8 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
             source, out = rebuild.tensors[name], gs.Variable(name, tensor.dtype, tensor.shape)
         else:
             source = rebuild.tensor(tensor)
-            out = gs.Variable(_fresh(f"{name}.clamped", names), tensor.dtype, list(tensor.shape or []))
-        node = gs.Node("Identity", name=_fresh(f"{name}.terminal", names), inputs=[source], outputs=[out])
+            out = gs.Variable(fresh_name(f"{name}.clamped", names), tensor.dtype, list(tensor.shape or []))
+        node = gs.Node("Identity", name=fresh_name(f"{name}.terminal", names), inputs=[source], outputs=[out])
         node.metadata, node.doc_string = {}, ""
         setattr(node, INSERTED, True)
         late.append(node)
@@ -620,12 +620,3 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
     result = rebuild.finish()
     result.outputs = [terminals.get(t.name, rebuild.tensor(t)) for t in graph.outputs]
     return result, [clamped[name] for name in outputs]
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate

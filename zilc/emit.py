@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
+from zilc.graph import fresh_name
 
 Operand: TypeAlias = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
 Dim = int | str | None
@@ -51,12 +52,7 @@ class Emitter:
 
     def fresh(self, name: str) -> str:
         """``name``, or ``name_1``, ``name_2`` … if taken; taken from now on."""
-        candidate, count = name, 0
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
+        return fresh_name(name, self.names)
 
     @contextlib.contextmanager
     def place(self, prefix: str, **metadata: Any) -> Iterator[None]:

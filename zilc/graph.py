@@ -215,6 +215,16 @@ def _vertex_names(nodes: Sequence[gs.Node]) -> list[str]:
     return names
 
 
+def fresh_name(name: str, taken: set[str]) -> str:
+    """``name``, or ``name_1``, ``name_2`` … if taken; taken from now on."""
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate
+
+
 def copy_node(
     node: gs.Node, inputs: Sequence[gs.Tensor] | None = None, outputs: Sequence[gs.Tensor] | None = None
 ) -> gs.Node:
