@@ -8,6 +8,7 @@ and a chain of identity vertices is one straight line from the vertex that it de
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -219,17 +220,21 @@ def _scope(node: gs.Node, name: str) -> list[str]:
             found = [str(s) for s in ast.literal_eval(scopes) if s]
         except (ValueError, SyntaxError):
             found = []
-        if len(found) > 1:
-            return found[-2].split(".")
         if found:
-            return []
+            return found[-2].split(".") if len(found) > 1 else []
+    # Nodes without a name of their own: what they make may tell.
+    return _parts(name) or _parts(node.outputs[0].name)
+
+
+def _parts(name: str) -> list[str]:
+    """``/layer1/layer1.0/conv1/Conv``: layer1, 0, conv1.  The last part is the operator's."""
     # PyTorch's older exporter repeats a module's path in each part: /layer1/layer1.0/conv1/Conv.
     made: list[str] = []
     for part in [p for p in name.split("/") if p][:-1]:
         if made and part.startswith(made[-1] + "."):
             made.pop()
         made.append(part)
-    return [p for part in made for p in part.split(".") if p]
+    return [p for part in made for p in re.split(r"\.|_(?=\d+$)", part) if p]
 
 
 def _blocks(
@@ -249,6 +254,11 @@ def _blocks(
             if column[i] not in main or abs(lane[i]) < abs(lane[main[column[i]]]):
                 main[column[i]] = i
     scopes = [_scope(flow.vertices[main[c]], names[main[c]]) if c in main else [] for c in range(width)]
+    if sum(map(bool, scopes)) < width / 4:
+        # Vertices that tell nothing: the parameters that they read may.
+        for k, leaf in enumerate(flow.leaves):
+            at = column[len(flow.vertices) + k]
+            scopes[at] = scopes[at] or _parts(leaf)
     cuts = _by_module(scopes, width) or _by_skips(crowd, width)
     made = []
     block_of = [0] * width
@@ -257,10 +267,17 @@ def _blocks(
         for c in range(low, high + 1):
             block_of[c] = len(made)
         made.append({"low": low, "high": high, "label": _label(inside)})
+    # What all have in common tells nothing.
+    named = [b["label"] for b in made if b["label"]]
+    shared = 0
+    while named and all(len(n) > shared + 1 and n[: shared + 1] == named[0][: shared + 1] for n in named):
+        shared += 1
+    for block in made:
+        block["label"] = ".".join(block["label"][shared if len(named) > 1 else 0 :])
     return made, block_of
 
 
-def _label(scopes: Sequence[Sequence[str]]) -> str:
+def _label(scopes: Sequence[Sequence[str]]) -> list[str]:
     """What most of the scopes share."""
     shared: list[str] = []
     for depth in range(8):
@@ -271,7 +288,7 @@ def _label(scopes: Sequence[Sequence[str]]) -> str:
         if most < 0.6 * len(scopes):
             break
         shared.append(part)
-    return ".".join(shared)
+    return shared
 
 
 def _by_module(scopes: Sequence[Sequence[str]], width: int) -> list[tuple[int, int]]:

@@ -14,10 +14,10 @@
   const readers = Array.from({ length: COUNT }, () => []), operands = Array.from({ length: COUNT }, () => []);
   edges.forEach(([a, b]) => { readers[a].push(b); operands[b].push(a); });
   const delayed = new Set(data.delayed);
+  const learnsAt = d3.rollup(d3.range(COUNT).filter(i => N.t[i] !== null), v => v.length, i => N.t[i]);
   const byName = new Map(N.name.map((name, i) => [name, i]));
   const plural = (n, one, many) => `${number(n)} ${n === 1 ? one : many || one + "s"}`;
   const tail = (text, most) => text.length <= most ? text : "…" + text.slice(-(most - 1));
-  const steps = d3.max(N.t, t => t ?? -1) ?? -1;
 
   // ------------------------------------------------------------------ facts
   $("model").textContent = data.model.split(/[\\/]/).pop();
@@ -129,6 +129,7 @@
   const zoom = d3.zoom().scaleExtent([.02, 4]).on("zoom", ({ transform }) => {
     scene.attr("transform", transform);
     svg.attr("data-zoom", transform.k < .34 ? "far" : transform.k < .6 ? "mid" : "near");
+    showWindow(transform);
   });
   svg.call(zoom).on("dblclick.zoom", null);
   const size = () => svg.node().getBoundingClientRect();
@@ -155,7 +156,7 @@
     if (e.kind === "block") {
       const b = inBlock[e.block], { label, low, high } = BLOCKS[e.block];
       g.append("rect").attr("x", -BOX / 2).attr("y", -44).attr("width", BOX).attr("height", 88);
-      add("", -22, tail(blockName(e.block), 19));
+      add("", -22, tail(blockName(e.block), 15));
       add("sub", -3, `${plural(b.vertices, "vertex", "vertices")}${label ? `, levels ${high}–${low}` : ""}`);
       if (b.parameters.length) add("when", 16, `learn at ${when(b.parameters.map(i => N.t[i]))}`);
       const hidden = e.nodes.filter(i => N.kind[i] === IDENTITY).length;
@@ -170,7 +171,11 @@
       if (N.kind[e.i] === PARAMETER || N.kind[e.i] === INPUT) {
         const t = N.t[e.i];
         add("sub", -2, tail(N.name[e.i], 17));
-        add(t !== null ? "when" : "sub", 9, t !== null ? `learns at t = ${t}` : N.kind[e.i] === INPUT ? N.shape[e.i].replace(/^[a-z]+\d*/, "") : "not trained");
+        if (t !== null) {
+          const when = add("when", 9, "");
+          when.append("tspan").attr("class", "long").text("learns at ");
+          when.append("tspan").text(`t = ${t}`);
+        } else add("sub", 9, N.kind[e.i] === INPUT ? N.shape[e.i].replace(/^[a-z]+\d*/, "") : "not trained");
       } else {
         add("", -1, N.op[e.i].length > 13 ? N.op[e.i].slice(0, 12) + "…" : N.op[e.i]);
         add("sub", 10, tail(N.name[e.i], 18));
@@ -182,7 +187,7 @@
     arrange();
     svg.attr("data-elements", elements.length).attr("data-open", open.size);
     layers.edges.selectAll("path").data(links, l => l.id).join("path")
-      .attr("class", l => "edge" + (l.green ? " delayed" : "") + (l.parameter ? " parameter" : "")).attr("d", path);
+      .attr("class", l => "edge" + (l.green ? " delayed" : "") + (l.from.block === l.to.block && l.from.kind !== l.to.kind && l.from.kind !== "node" && l.to.kind !== "node" ? " tap" : "") + (l.parameter ? " parameter" : "")).attr("d", path);
     layers.nodes.selectAll("g.node").data(elements, e => e.key).join(
       enter => enter.append("g").attr("tabindex", 0).attr("role", "button")
         .on("pointerenter", (event, e) => { tell(event, e); light(e); })
@@ -217,11 +222,56 @@
     showStep();
   }
 
+  /** All of it; where that would be too small to see, the end at which the wave begins. */
   function fit(duration = 250) {
     const { width, height } = size(), w = extent.right - extent.left + 60, h = extent.bottom - extent.top;
-    const k = Math.min(width / w, height / h, 1.6);
-    go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-(extent.left - 60 + w / 2), -(extent.top + h / 2)), duration);
+    const k = Math.min(Math.max(width / w, .22), height / h, 1.6);
+    const x = k * w > width + 1 ? extent.right - width / k / 2 : extent.left - 60 + w / 2;
+    go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-x, -(extent.top + h / 2)), duration);
   }
+
+  // ------------------------------------------------------------------ overview: a profile over all levels
+  const overview = d3.select("#overview"), OVER = 46;
+  let along = null;
+  function drawOverview() {
+    const width = overview.node().clientWidth, top = data.levels;
+    along = d3.scaleLinear([top + .5, -.5], [8, width - 8]);
+    const counts = new Array(top + 1).fill(0);
+    for (let i = 0; i < COUNT; i++) if (N.kind[i] === IDENTITY) counts[N.column[i]]++;
+    const y = d3.scaleLinear([0, Math.max(d3.max(counts), 1)], [OVER - 14, 14]);
+    overview.selectAll("*").remove();
+    overview.append("path").attr("class", "area").attr("d", d3.area().curve(d3.curveStep).x((_, l) => along(l)).y0(OVER - 14).y1(y)(counts));
+    overview.selectAll("line.learn").data([...learnsAt.keys()]).join("line").attr("class", "learn")
+      .attr("x1", t => along(t)).attr("x2", t => along(t)).attr("y1", OVER - 13).attr("y2", OVER - 4);
+    overview.append("text").attr("x", 10).attr("y", 11).text(`identity vertices on each level (at most ${d3.max(counts)}); below, the steps at which parameters learn`);
+    overview.append("rect").attr("class", "window").attr("y", 1).attr("height", OVER - 2);
+    overview.append("line").attr("class", "step").attr("y1", 1).attr("y2", OVER - 1).attr("visibility", "hidden");
+    showWindow(d3.zoomTransform(svg.node()));
+  }
+  /** The level at a place of the scene, as a fraction. */
+  function levelAt(x) {
+    for (let b = BLOCKS.length - 1; b >= 0; b--) {
+      const [from, to] = blockX.get(b), { low, high } = BLOCKS[b];
+      if (x <= to) return high + .5 - Math.max(0, (x - from) / (to - from)) * (high - low + 1);
+    }
+    return -.5;
+  }
+  function placeOf(level) {
+    const b = Math.max(0, BLOCKS.findIndex(({ high }) => level <= high + .5)), [from, to] = blockX.get(b), { low, high } = BLOCKS[b];
+    return from + (high + .5 - level) / (high - low + 1) * (to - from);
+  }
+  function showWindow(transform) {
+    if (!along || !extent) return;
+    const { width } = size(), a = along(levelAt(transform.invertX(0))), b = along(levelAt(transform.invertX(width)));
+    overview.select(".window").attr("x", a).attr("width", Math.max(b - a, 3));
+  }
+  function panTo(event) {
+    const transform = d3.zoomTransform(svg.node()), { width } = size();
+    const x = placeOf(along.invert(d3.pointer(event, overview.node())[0]));
+    svg.call(zoom.transform, d3.zoomIdentity.translate(width / 2 - transform.k * x, transform.y).scale(transform.k));
+  }
+  overview.on("pointerdown", event => { overview.node().setPointerCapture(event.pointerId); panTo(event); })
+    .on("pointermove", event => { if (event.buttons) panTo(event); });
 
   function go(transform, duration) {
     if (duration && !matchMedia("(prefers-reduced-motion: reduce)").matches) svg.transition().duration(duration).call(zoom.transform, transform);
@@ -322,7 +372,6 @@
   // ------------------------------------------------------------------ the wave, step by step
   const slider = $("step"), zil = data.traces.find(t => t.algorithm === "zil" && t.update_at === "level");
   slider.max = Math.max(data.levels - 1, 0);
-  const learnsAt = d3.rollup(d3.range(COUNT).filter(i => N.t[i] !== null), v => v.length, i => N.t[i]);
   let timer = null;
   function showStep() {
     const t = +slider.value;
@@ -333,6 +382,7 @@
       .attr("x", x - width / 2).attr("width", width).attr("y", extent.top + 36).attr("height", extent.bottom - extent.top - 60);
     layers.nodes.selectAll("g.node.parameter").classed("learns", e => N.t[e.i] !== null && N.t[e.i] === t);
     drawHere(t);
+    overview.select(".step").attr("visibility", t < 0 ? "hidden" : "visible").attr("x1", along ? along(t) : 0).attr("x2", along ? along(t) : 0);
   }
   slider.addEventListener("input", showStep);
   $("play").addEventListener("click", () => {
@@ -551,6 +601,7 @@
     const { width } = size(), w = extent.right - extent.left + 60, h = extent.bottom - extent.top;
     svg.style("height", `${Math.round(Math.max(300, Math.min(Math.min(width / w, 1.6) * h + 30, innerHeight * .58)))}px`);
   }
+  drawOverview();
   room();
   fit(0);
   if (data.traces.length) {
@@ -561,6 +612,6 @@
     addEventListener("resize", () => { if (innerWidth !== last) { last = innerWidth; mapsOf($("quantity").value); } });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => mapsOf($("quantity").value));
   }
-  addEventListener("resize", () => { room(); fit(0); });
+  addEventListener("resize", () => { drawOverview(); room(); fit(0); });
   document.documentElement.setAttribute("data-ready", Math.round(performance.now() - began));
 })();
