@@ -179,11 +179,8 @@ def _mark_training_form(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
                 hint="Export the model in inference form.",
             )
         del node.output[3:]
-        names = [f"{node.output[0]}.running_{kind}" for kind in ("mean", "var")]
-        for k in (1, 2):
-            if k == len(node.output):
-                node.output.append("")
-            node.output[k] = node.output[k] or f"{names[k - 1]}.out"
+        for k, kind in ((1, "mean"), (2, "var")):
+            node.output[k] = node.output[k] or f"{node.output[0]}.running_{kind}.out"  # no longer optional
         node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
     return made
 
