@@ -267,10 +267,12 @@ class _Turn:
         return op.cast(op.Where(op.Greater(kept, 0.0), op.Reciprocal(kept), 0.0), dtype)
 
     def _named(self, keep: gs.Variable, wanted: gs.Tensor | None, x: gs.Tensor) -> gs.Variable:
-        """The mask, bool, under the name that the file gave it."""
+        """The mask, bool, under the name that the file gave it; in inference form everything is kept."""
         if wanted is not None:
             keep.name = wanted.name
             self.rebuild.tensors[keep.name] = keep
+            facts = {"value": 1, "dtype": onnx_io.onnx_dtype(np.dtype(bool)), "shape_of": x.name}
+            keep.inputs[0].metadata = {**keep.inputs[0].metadata, INFERENCE: json.dumps(facts)}
         keep.shape = list(x.shape) if x.shape is not None else None
         return keep
 

@@ -12,6 +12,8 @@ from zilc.errors import DataError, OptionError
 
 #: Sizes of symbolic dimensions: the leading one of an input is a batch, others stand for lengths.
 BATCH, LENGTH = 2, 8
+#: A batch whose statistics are taken: of two vectors, those normalize each to +1 or -1, whatever the parameters.
+STATISTICS_BATCH = 8
 
 _PASS = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand", "Slice"})
 #: (operator, index operand) -> axis attribute of the data that bounds the index
@@ -19,13 +21,13 @@ _INDEXED = {"Gather": 0, "GatherElements": 0}
 
 
 def random_feeds(
-    inputs: gs.Graph | Sequence[gs.Tensor], seed: int = 0, dims: Mapping[str, int] | None = None
+    inputs: gs.Graph | Sequence[gs.Tensor], seed: int = 0, dims: Mapping[str, int] | None = None, batch: int = BATCH
 ) -> dict[str, np.ndarray]:
     """One array an input of a graph, or of those named.
 
     Floating inputs are standard normal.  Integer inputs that index a Gather are drawn below its bound; other integer
-    inputs are ones, as are boolean ones (masks).  Symbolic dimensions take the size in ``dims``, else 2 where they
-    lead and 8 elsewhere, the same for the same name.
+    inputs are ones, as are boolean ones (masks).  Symbolic dimensions take the size in ``dims``, else
+    ``batch`` where they lead and 8 elsewhere, the same for the same name.
     """
     rng = np.random.default_rng(seed)
     sizes = dict(dims or {})
@@ -33,7 +35,7 @@ def random_feeds(
     for tensor in tensors:
         for axis, size in enumerate(tensor.shape or ()):
             if not isinstance(size, (int, np.integer)):
-                sizes.setdefault(str(size), BATCH if axis == 0 else LENGTH)
+                sizes.setdefault(str(size), batch if axis == 0 else LENGTH)
     feeds = {}
     for tensor in tensors:
         if getattr(tensor, "type", "tensor_type") != "tensor_type" or tensor.dtype is None:

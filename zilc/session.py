@@ -135,7 +135,8 @@ def inference_form(model: onnx.ModelProto) -> onnx.ModelProto:
 
     A node with ``zilc.inference`` in its metadata makes something else there: ``{"input": NAME, "axes": [...],
     "dtype": N}``, running statistics in place of the batch's, is Unsqueeze(NAME, axes) of ONNX's element type N;
-    ``{"value": 1, "dtype": N}``, in place of a mask, is that number.  A graph without such nodes is returned as it is.
+    ``{"value": 1, "dtype": N}``, in place of a mask, is that number, with ``"shape_of": NAME`` as many as NAME holds.
+    A graph without such nodes is returned as it is.
     """
     marked = {
         node.output[0]: json.loads(entry.value)
@@ -156,7 +157,12 @@ def inference_form(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         dtype = onnx.helper.tensor_dtype_to_np_dtype(facts["dtype"])
         if "value" in facts:
-            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(facts["value"], dtype), node.output[0]))
+            one = node.output[0] if "shape_of" not in facts else f"{node.output[0]}/one"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(facts["value"], dtype), one))
+            if "shape_of" in facts:
+                shape = f"{node.output[0]}/shape"
+                graph.node.append(onnx.helper.make_node("Shape", [facts["shape_of"]], [shape]))
+                graph.node.append(onnx.helper.make_node("Expand", [one, shape], [node.output[0]]))
             continue
         axes, cast = f"{node.output[0]}/axes", f"{node.output[0]}/running"
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(facts["axes"], np.int64), axes))

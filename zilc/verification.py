@@ -15,7 +15,7 @@ from zilc import onnx_io
 from zilc.analysis import Names, Structure, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
-from zilc.feeds import checked_feeds, random_feeds, random_target
+from zilc.feeds import BATCH, STATISTICS_BATCH, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
@@ -201,7 +201,7 @@ def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) ->
     drawn = {mode.seed: seed, mode.step: 0} if mode.seed else {}
     own = [t for t in found.graph.inputs if t.name not in drawn]
     if inputs is None:
-        feeds = random_feeds(own, seed, dims)
+        feeds = random_feeds(own, seed, dims, STATISTICS_BATCH if mode.batch_normalizations else BATCH)
     else:
         arrays, where = _arrays(inputs)
         feeds = checked_feeds(own, arrays, where)
