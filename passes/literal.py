@@ -264,7 +264,7 @@ class _Model:
             with op.place("inference/clamp", vertex="inference", level=0, role="error"):
                 for c in self.training.clamps:
                     target = self.training.target_of(c)
-                    clamped[c.tensor] = LOSSES[c.loss].emit(op, mu[c.tensor], target, c.class_axis)[1]
+                    clamped[c.tensor] = LOSSES[c.loss].error(op, mu[c.tensor], target, c.class_axis)
         return _State(self.forward if self.fixed else x, mu, {**eps, **clamped}, computed)
 
     def value(self, op: Emitter, term: Term, *states: _State) -> gs.Tensor | None:

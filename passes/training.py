@@ -17,7 +17,7 @@ from zilc import onnx_io
 from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
 from zilc.graph import Dataflow
-from zilc.losses import LOSSES
+from zilc.losses import LOSSES, Emitted
 from zilc.optimizers import Optimizer
 from zilc.passes.dynamics import Error, Pull, Sum, Term
 from zilc.passes.levels import Levels
@@ -58,6 +58,11 @@ class TrainingGraph:
         clamps: the trained outputs.
         outputs: next values, gradients, or both.
         optimizer: None where only gradients are wanted.
+        linear: gradients are linear in the errors of the clamped outputs, as in the wavefront and in reverse mode; the
+            literal dynamics move value nodes by the errors themselves.
+
+    Where nothing but updates p - lr g is asked for, the learning rate scales the errors of the clamped outputs, once,
+    instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class TrainingGraph:
         clamps: Sequence[Clamp],
         outputs: Outputs = "next",
         optimizer: Optimizer | None = None,
+        linear: bool = True,
     ) -> None:
         self.graph = graph
         self.op = Emitter(graph)
@@ -84,11 +90,13 @@ class TrainingGraph:
         self._tensors = onnx_io.tensors(graph)
         self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
-        self._losses: list[gs.Tensor] = []
+        self._losses: list[Emitted] = []
         self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
         self._open_clamps(clamps)
         self._open_optimizer(parameters)
+        self.rate_in_errors = linear and self._rate_commutes(inputs)
+        self._clamp()
         # Outputs are named last but claimed first, so that an emitted tensor cannot take their names.
         self.loss = self.claim("loss")
         for name in parameters:
@@ -112,7 +120,7 @@ class TrainingGraph:
             self._parameters.append(tensor)
 
     def _open_clamps(self, clamps: Sequence[Clamp]) -> None:
-        """Targets and losses: eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
+        """Targets and losses."""
         op = self.op
         many = len(clamps) > 1
         for clamp in clamps:
@@ -128,10 +136,25 @@ class TrainingGraph:
             else:
                 self.targets.append({"name": "", "output": clamp.output, "loss": clamp.loss})
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
-                value, eps = loss.emit(op, mu, y, clamp.class_axis)
+                self._losses.append(loss.emit(op, mu, y, clamp.class_axis))
             self._target[clamp.tensor] = y
-            self._losses.append(value)
-            self.clamped[clamp.tensor] = eps
+
+    def _rate_commutes(self, inputs: Sequence[str]) -> bool:
+        """Whether all that is asked for are updates p - lr g, in one dtype that loses nothing to a small rate."""
+        if self.optimizer is None or not self.optimizer.linear or self.outputs != "next" or inputs:
+            return False
+        assert self.lr is not None
+        errors = {self.op.dtype(direction) for _, direction, _ in self._losses}
+        return errors | {self.op.dtype(p) for p in self._parameters} == {self.lr.dtype}
+
+    def _clamp(self) -> None:
+        """eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
+        op = self.op
+        for clamp, (_, direction, factor) in zip(self.clamps, self._losses, strict=True):
+            with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
+                if self.rate_in_errors:
+                    factor = self.lr if factor is None else op.Mul(factor, self.lr)
+                self.clamped[clamp.tensor] = direction if factor is None else op.Mul(direction, factor)
 
     def target_of(self, clamp: Clamp) -> gs.Variable | None:
         """The target input of a trained output; None where the output is the loss."""
@@ -184,9 +207,9 @@ class TrainingGraph:
         if names.next is None:
             return
         assert self.optimizer is not None
-        assert self.lr is not None
+        rate = None if self.rate_in_errors else self.lr
         with op.place(f"{leaf}.optimizer", vertex=leaf, level=level, role="optimizer", step=max(level - 1, 0)):
-            following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), self.lr, self.step)
+            following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), rate, self.step)
         self._finals.append((names.next, following, tensor))
         for entry in names.state:
             self._finals.append((entry["next"], slots[entry["slot"]], self._slots[leaf][entry["slot"]]))
@@ -195,8 +218,8 @@ class TrainingGraph:
         """Lay out the outputs: loss, the model's, next values and gradients."""
         op = self.op
         with op.place("loss", vertex="loss", level=0, role="loss", step=0):
-            total = self._losses[0]
-            for other in self._losses[1:]:
+            total, *others = [value for value, _, _ in self._losses]
+            for other in others:
                 total = op.Add(total, op.cast(other, op.dtype(total)))
         finals = [(self.loss, total)]
         if self.step is not None and self.step_next is not None:

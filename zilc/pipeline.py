@@ -251,6 +251,7 @@ def emit_training(
         ],
         outputs=outputs,
         optimizer=chosen_optimizer,
+        linear=plan.literal is None,
     )
     make_extra_outputs(training.op, flow, reached)
     if algorithm == "bp":
@@ -261,7 +262,7 @@ def emit_training(
         # On the training graph's own forward part, whose vertices make the optional outputs that rules read.
         dynamics = _dynamics(found, graph, plan)
         emit_literal(training, dynamics, leaves, plan.settled(dynamics.levels.depth))
-    graph = simplify(training.finish())
+    graph = simplify(training.finish(), updates=outputs == "next")
     made = _signature(training, found, chosen, algorithm, plan)
     renamed = {training_name: name for name, training_name in _statename_list(training, chosen).items()}
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
