@@ -19,7 +19,7 @@ from zilc.executors import executor
 #: Batch of each network; the convolutional ones run in ONNX's reference evaluator in float64.
 NETWORKS = {
     "skip": 20, "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4,
-    "transformer": 2, "alexnet": 1, "resnet18": 2,
+    "transformer": 2, "decoder": 1, "alexnet": 1, "resnet18": 2,
 }  # fmt: skip
 LOSS = "cross-entropy"
 #: Half a unit in the last place of float32, relative.
