@@ -209,7 +209,8 @@ def verify(
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
-    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails:
+    float64 on the model itself (with --mode train, on the model in training form with its masks held), along several
+    random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
 
     \b
@@ -252,7 +253,8 @@ def verify(
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where onnxruntime runs; auto takes CUDA where it works.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the order of examples.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the order of examples, and of Dropout's masks.")
 @click.option("-o", "--out", type=click.Path(), required=True, metavar="TRAINED.onnx",
               help="The model with its trained weights.")
 @shared.as_json
