@@ -43,10 +43,12 @@ class Loss:
     labels: bool = False
     targeted: bool = True
 
-    def error(self, op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, class_axis: int) -> gs.Tensor:
-        """dL/dmu at ``mu``, of mu's shape."""
-        _, direction, factor = self.emit(op, mu, y, class_axis)
-        return direction if factor is None else op.Mul(direction, factor)
+    def evaluate(
+        self, op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, class_axis: int
+    ) -> tuple[gs.Tensor, gs.Tensor]:
+        """The loss, a scalar, and dL/dmu, of mu's shape, at ``mu``."""
+        value, direction, factor = self.emit(op, mu, y, class_axis)
+        return value, direction if factor is None else op.Mul(direction, factor)
 
     def target(self, op: Emitter, mu: gs.Tensor, class_axis: int) -> Target | None:
         """dtype and shape of the target of an output ``mu``; None if the loss has no target.
