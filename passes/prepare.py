@@ -26,6 +26,7 @@ from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
+from zilc.passes.ranks import scalar_bounds, settle_ranks
 from zilc.passes.sequences import resolve_sequences
 from zilc.passes.unroll import unroll
 
@@ -78,10 +79,16 @@ def prepare(
     graph = lift_constants(graph)
     graph = name_casts(graph)
     notes: list[str] = []
-    graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
-    straight = inline_control_flow(graph, notes)
-    graph = graph if straight is graph else reinfer(straight)
-    graph = resolve_sequences(graph)
+    while True:
+        graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
+        said: list[str] = []
+        straight = inline_control_flow(graph, said)
+        notes += [line for line in said if line not in notes]
+        if straight is graph:
+            break
+        graph = reinfer(straight)  # branches and bodies may hold sequences, whose length decides about others
+    settled = settle_ranks(scalar_bounds(graph))
+    graph = graph if settled is graph else reinfer(settled)
     graph = unroll(graph, notes)
     graph = remove_identities(graph, keep=keep)
     prepared = Prepared(graph, source, notes=notes)
