@@ -20,7 +20,7 @@ import onnx.shape_inference
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import foreign, onnx_io
 from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
@@ -318,7 +318,18 @@ def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onn
 
 
 def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew."""
+    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew.
+
+    What operators of custom domains make is told by their registered inference (:mod:`zilc.rules`), one row of them
+    after the other, since what follows each hangs on it.
+    """
+    made = _infer(proto, where)
+    while foreign.add_types(made):
+        made = _infer(made, where)
+    return made
+
+
+def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):

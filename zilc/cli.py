@@ -109,6 +109,7 @@ def zilc(debug: bool) -> None:
 @click.option("--identities", type=click.Choice([*shared.PLACEMENTS, "none"]), default="shared", show_default=True,
               help="A chain of identity vertices an edge or a tensor; the fewest vertices or bytes; or only report.")
 @shared.selection
+@shared.rules
 @shared.as_json
 def levelize(model: str, out: str | None, identities: str, as_json: bool, **given: Any) -> None:
     """Show a model's level structure; write it levelled.
@@ -148,6 +149,7 @@ def levelize(model: str, out: str | None, identities: str, as_json: bool, **give
 @click.option("--state", type=click.Path(), metavar="STATE.safetensors|none",
               help="Initial parameters and optimizer slots. Default: STEP.safetensors beside the graph; none: no file.")
 @shared.selection
+@shared.rules
 @shared.training
 @shared.as_json
 def emit_training(model: str, out: str | None, state: str | None, as_json: bool, **given: Any) -> None:
@@ -195,6 +197,7 @@ def emit_training(model: str, out: str | None, state: str | None, as_json: bool,
 @zilc.command()
 @shared.model
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
               help="Precision of the training graphs; differences are always taken in float64.")
@@ -246,6 +249,7 @@ def verify(
               help="Examples along axis 0: arrays named like the model's inputs, and 'target'.")
 @click.option("--val", type=click.Path(), metavar="VAL.npz", help="Held-out examples, looked at after each epoch.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
