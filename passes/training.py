@@ -343,7 +343,7 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
         rule = table.lookup(node, opset)
         captured = any(e.operand >= len(node.inputs) for e in flow.operands[v])
         if rule is None or (captured and rule.whole is None):
-            missing.append(describe_vertex(flow.names[v], node.op, opset=opset, level=levels.vertices[v]))
+            missing.append(describe_vertex(flow.names[v], _operator(node), opset=opset, level=levels.vertices[v]))
             continue
         inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
         for inner in control_flow.without_rule(node, opset, inside) if rule.whole is not None else ():
@@ -351,6 +351,10 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
             missing.append(describe_vertex(where_inside, inner.op, opset=opset, level=levels.vertices[v]))
     if missing:
         raise MissingRule(missing, where=where)
+
+
+def _operator(node: gs.Node) -> str:
+    return node.op if node.domain in (None, "", "ai.onnx") else f"{node.domain}.{node.op}"
 
 
 def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> None:

@@ -159,6 +159,20 @@ pictures = _apply(
     ]
 )  # fmt: skip
 
+
+def _load_rules(ctx: click.Context, _param: click.Parameter, paths: Sequence[str]) -> None:
+    if paths and not ctx.resilient_parsing:
+        from zilc import rules
+
+        ctx.with_resource(rules.scoped())
+        for path in paths:
+            rules.load(path)
+
+
+rules = click.option("--rules", multiple=True, type=click.Path(), metavar="FILE.py", expose_value=False,
+                     callback=_load_rules,
+                     help="Run this Python file first: it registers rules (zilc.rules); may be repeated.")  # fmt: skip
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
 model = click.argument("model", metavar="MODEL.onnx", type=click.Path())
