@@ -42,7 +42,7 @@ class Emitter:
 
     def __init__(self, graph: gs.Graph, names: set[str] | None = None) -> None:
         self.graph = graph
-        self.names = set(names) if names is not None else _names(graph)
+        self.names = set(names) if names is not None else names_of(graph)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
@@ -306,7 +306,8 @@ class Emitter:
                     output.shape = shape
 
 
-def _names(graph: gs.Graph) -> set[str]:
+def names_of(graph: gs.Graph) -> set[str]:
+    """Names of tensors and nodes in use, subgraphs included."""
     names = set(onnx_io.tensors(graph))
     names.update(node.name for node in graph.nodes if node.name)
     for inner in graph.subgraphs(recursive=True):
