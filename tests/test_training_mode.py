@@ -607,7 +607,7 @@ def test_bert_with_its_dropout_equals_torch(exporter: str, monkeypatch: pytest.M
     def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         assert (p, training, inplace) == (0.1, True, False)
         kept = mask(next(drops).output[0], tuple(x.shape), seed=1, step=0, ratio=ratio)
-        return x * (torch.from_numpy(kept) / (1.0 - ratio))
+        return x * torch.from_numpy(kept / (1.0 - ratio))
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     net.zero_grad()
