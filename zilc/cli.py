@@ -110,6 +110,7 @@ def zilc(debug: bool) -> None:
               help="A chain of identity vertices an edge or a tensor; the fewest vertices or bytes; or only report.")
 @shared.pictures
 @shared.selection
+@shared.rules
 @shared.as_json
 def levelize(
     model: str, out: str | None, identities: str, html: str | None, svg: str | None, png: str | None, as_json: bool,
@@ -174,6 +175,7 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @click.option("--state", type=click.Path(), metavar="STATE.safetensors|none",
               help="Initial parameters and optimizer slots. Default: STEP.safetensors beside the graph; none: no file.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
@@ -227,6 +229,7 @@ def emit_training(
 @zilc.command()
 @shared.model
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
               help="Precision of the training graphs; differences are always taken in float64.")
@@ -241,7 +244,8 @@ def verify(
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
-    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails:
+    float64 on the model itself (with --mode train, on the model in training form with its masks held), along several
+    random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
 
     \b
@@ -281,6 +285,7 @@ def verify(
 @shared.pictures
 @click.option("--alone", is_flag=True, help="Draw this algorithm alone, without the other one beside it.")
 @shared.selection
+@shared.rules
 @shared.tracing
 @shared.full
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random feeds.")
@@ -308,7 +313,8 @@ def trace(
         figures.require()
     selection = shared.selection_of(given)
     options = shared.tracing_of(given)
-    same = {**selection, "loss": options["loss"], "class_axis": options["class_axis"], "data": data, "seed": seed}
+    shared_options = {key: options[key] for key in ("loss", "class_axis", "mode")}
+    same = {**selection, **shared_options, "data": data, "seed": seed}
     found: list[tracing.Trace] = []
     with working("inference"):
         found.append(tracing.trace(model, full=full, **{**options, **same}))
@@ -346,13 +352,15 @@ def trace(
               help="Examples along axis 0: arrays named like the model's inputs, and 'target'.")
 @click.option("--val", type=click.Path(), metavar="VAL.npz", help="Held-out examples, looked at after each epoch.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where onnxruntime runs; auto takes CUDA where it works.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the order of examples.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the order of examples, and of Dropout's masks.")
 @click.option("-o", "--out", type=click.Path(), required=True, metavar="TRAINED.onnx",
               help="The model with its trained weights.")
 @shared.as_json

@@ -14,7 +14,9 @@ LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 PLACEMENTS = ("edge", "shared", "min", "min-bytes")
 #: The options that say how the dynamics run, as keyword arguments of the library.
-DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions")
+DYNAMICS = (
+    "algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions", "mode",
+)  # fmt: skip
 
 
 class Pair(click.ParamType):
@@ -80,7 +82,11 @@ selection = _apply(
     ]
 )  # fmt: skip
 
-#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``,
+_mode = click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True,
+                     help="BatchNormalization and Dropout as the file has them, or turned to training: batch "
+                          "statistics and masks.")  # fmt: skip
+
+#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``, ``mode``,
 #: ``identities``, and how the dynamics run: ``schedule``, ``steps``, ``gamma``, ``update_at``, ``init_noise`` and
 #: ``fixed_predictions``.
 training = _apply(
@@ -111,6 +117,7 @@ training = _apply(
                      help="Update each parameter at the step of its level, or all at the last (literal schedule)."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes (literal schedule)."),
+        _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
     ]
@@ -133,6 +140,7 @@ tracing = _apply(
                      help="Update each parameter at the step of its level, or all at the last."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes."),
+        _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values."),
     ]
@@ -150,6 +158,20 @@ pictures = _apply(
         click.option("--png", type=click.Path(), metavar="FILE", help="Write a bitmap figure, for a slide."),
     ]
 )  # fmt: skip
+
+
+def _load_rules(ctx: click.Context, _param: click.Parameter, paths: Sequence[str]) -> None:
+    if paths and not ctx.resilient_parsing:
+        from zilc import rules
+
+        ctx.with_resource(rules.scoped())
+        for path in paths:
+            rules.load(path)
+
+
+rules = click.option("--rules", multiple=True, type=click.Path(), metavar="FILE.py", expose_value=False,
+                     callback=_load_rules,
+                     help="Run this Python file first: it registers rules (zilc.rules); may be repeated.")  # fmt: skip
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
