@@ -272,9 +272,17 @@ def _blocks(
     shared = 0
     while named and all(len(n) > shared + 1 and n[: shared + 1] == named[0][: shared + 1] for n in named):
         shared += 1
+    while shared and any(label[shared].isdigit() for label in named):
+        shared -= 1  # "h.0" rather than "0"
     skipped = shared if len(named) > 1 else 0
-    made = [{"low": low, "high": high, "label": ".".join(label[skipped:])} for low, high, label in spans]
-    return made, block_of
+    labels = [".".join(label[skipped:]) for *_, label in spans]
+    # Parts of one module are told apart, from the input on.
+    for label, several in Counter(labels).items():
+        if label and several > 1:
+            parts = [k for k in range(len(spans)) if labels[k] == label][::-1]
+            for part, k in enumerate(parts, start=1):
+                labels[k] = f"{label} ({part}/{several})"
+    return [{"low": low, "high": high, "label": label} for (low, high, _), label in zip(spans, labels, strict=True)], block_of
 
 
 def _label(scopes: Sequence[Sequence[str]]) -> list[str]:
