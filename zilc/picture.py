@@ -282,7 +282,8 @@ def _blocks(
             parts = [k for k in range(len(spans)) if labels[k] == label][::-1]
             for part, k in enumerate(parts, start=1):
                 labels[k] = f"{label} ({part}/{several})"
-    return [{"low": low, "high": high, "label": label} for (low, high, _), label in zip(spans, labels, strict=True)], block_of
+    made = [{"low": low, "high": high, "label": labels[k]} for k, (low, high, _) in enumerate(spans)]
+    return made, block_of
 
 
 def _label(scopes: Sequence[Sequence[str]]) -> list[str]:

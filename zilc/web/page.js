@@ -7,7 +7,7 @@
   const N = data.nodes, COUNT = N.kind.length, BLOCKS = data.blocks, CHAINS = data.chains;
   const [VERTEX, IDENTITY, PARAMETER, INPUT, OUTPUT] = [0, 1, 2, 3, 4];
   const HEAVY = new Set(["Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum", "Gather", "Attention"]);
-  const COLUMN = 104, ROW = 50, BOX = 172, TALL = 132, FOOT = 28, GAP = 34, WIDE = 84, HIGH = 30;
+  const COLUMN = 112, ROW = 50, BOX = 172, TALL = 132, FOOT = 28, GAP = 34, WIDE = 92, HIGH = 30;
   const $ = id => document.getElementById(id);
   const number = d3.format(",");
   const edges = d3.range(0, data.edges.length, 2).map(k => [data.edges[k], data.edges[k + 1]]);
@@ -157,14 +157,14 @@
     g.selectAll("*").remove();
     const add = (cls, y, text) => g.append("text").attr("class", cls).attr("y", y).text(text);
     // As large as asked for, or as the room allows: an em of this face is about 0.64 em wide a letter in bold.
-    const fitted = (made, text, room, most) => made.style("font-size", `${Math.min(most, room / (.64 * text.length)).toFixed(1)}px`);
+    const fitted = (made, text, room, most) => made.style("--near", `${Math.min(most, room / (.64 * text.length)).toFixed(1)}px`);
     const middle = (made, text) => made.style("--mid", `${Math.min(15.5, (WIDE - 6) / (.66 * text.length)).toFixed(1)}px`);
     if (e.kind === "block") {
       const b = inBlock[e.block], hidden = e.nodes.filter(i => N.kind[i] === IDENTITY).length;
       g.append("rect").attr("x", -BOX / 2).attr("y", -TALL / 2).attr("width", BOX).attr("height", TALL);
       const name = tail(blockName(e.block), 20);
       const lines = [["", name], ["sub", plural(b.vertices, "vertex", "vertices")]];
-      if (b.parameters.length) lines.push(["when", `learn: ${when(b.parameters.map(i => N.t[i]))}`]);
+      if (b.parameters.length) lines.push(["when", `${when(b.parameters.map(i => N.t[i]))}`]);
       if (hidden) lines.push(["delay", plural(hidden, "identity", "identities")]);
       lines.forEach(([cls, text], k) => fitted(add(cls, (k - (lines.length - 1) / 2) * 29 + 8, text), text, BOX - 14, k ? 20 : 25));
     } else if (e.kind === "run") {
@@ -176,9 +176,9 @@
       g.append("rect").attr("x", -WIDE / 2).attr("y", -HIGH / 2).attr("width", WIDE).attr("height", HIGH);
       if (N.kind[e.i] === PARAMETER || N.kind[e.i] === INPUT) {
         const t = N.t[e.i];
-        add("sub", -2, tail(N.name[e.i], 17));
+        fitted(add("sub", -2, tail(N.name[e.i], 17)), tail(N.name[e.i], 17), WIDE + 2, 8.6);
         if (t !== null) {
-          const when = add("when", 9, "");
+          const when = fitted(add("when", 9, ""), `learns at t = ${t}`, WIDE - 8, 9);
           when.append("tspan").attr("class", "long").text("learns at ");
           when.append("tspan").text(`t = ${t}`);
         } else {
@@ -189,8 +189,13 @@
         }
       } else {
         const op = N.op[e.i].length > 12 ? N.op[e.i].slice(0, 11) + "…" : N.op[e.i];
-        middle(add("", -1, op), op);
-        add("sub", 10, tail(N.name[e.i], 18));
+        if (op.length <= 9) middle(add("", -1, op), op);
+        else {
+          const brief = op.slice(0, 8) + "…";
+          fitted(add("long", -1, op), op, WIDE - 8, 12);
+          middle(add("brief", 0, brief), brief);
+        }
+        fitted(add("sub", 10, tail(N.name[e.i], 18)), tail(N.name[e.i], 18), WIDE + 6, 8.6);
       }
     }
   }
@@ -238,7 +243,7 @@
   function fit(duration = 250) {
     const { width, height } = size(), w = extent.right - extent.left, h = extent.bottom + FOOT - extent.top;
     const closed = elements.some(e => e.kind === "block");
-    const k = Math.min(Math.max(width / w, closed ? .36 : .22), height / h, closed ? 1 : 1.6);
+    const k = Math.min(Math.max(width / w, .36), height / h, closed ? 1 : 1.6);
     const x = k * w > width + 1 ? extent.right - width / k / 2 : extent.left + w / 2;
     go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-x, -(extent.top + h / 2)), duration);
   }
@@ -303,6 +308,17 @@
   function pressed(e) {
     if (e.kind !== "node") toggle(e.block);
     else focusOn(e.i);
+  }
+
+  /** A vertex that waits, with the chain that it waits for above it. */
+  function showDelay(i, origin) {
+    focusOn(i);
+    const e = at.get("n" + i), chain = CHAINS.find(c => c.origin === origin && c.waiting.some(([w]) => w === i));
+    const high = chain ? d3.min(chain.identities, j => at.get(key(j)).y) : e.y, low = chain ? d3.max(chain.identities, j => at.get(key(j)).y) : e.y;
+    const top = Math.min(high, e.y) - 50, bottom = Math.max(low, e.y) + 70, { width, height } = size();
+    const k = Math.min(.9, Math.max(.36, height / (bottom - top)));
+    go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-e.x, -(top + bottom) / 2), 250);
+    light(e);
   }
 
   function focusOn(i) {
@@ -481,7 +497,7 @@
     ["background:var(--input);border-color:var(--input-rim);border-radius:7px", "", "input"],
     ["background:var(--output);border-color:var(--output)", "", "trained output, clamped"],
     ...BLOCKS.length < 2 ? [] : [
-      ["background:var(--page);border-color:var(--vertex-rim)", "", "block of levels: click to open"],
+      ["background:var(--page);border-color:var(--vertex-rim)", "", "block of levels, click to open; t: when its parameters learn"],
       ["background:var(--identity-soft);border-color:var(--identity)", "", "×n: identity vertices passing a closed block"],
       ["background:var(--identity-fill);border-color:var(--identity)", "", "the same, and a vertex in it waits for them"],
     ],
@@ -505,9 +521,8 @@
     entry("#delayed", `${plural(skip.identities, "step")}`, `${skip.from} → ${skip.to}`, () => {
       const i = byName.get(skip.to);
       if (i === undefined) return;
-      focusOn(i);
-      light(at.get("n" + i));
-    }, `${opOf(skip.from)} → ${opOf(skip.to)}`);
+      showDelay(i, byName.get(skip.from));
+    }, opOf(skip.to));
   if (!data.skips.length) entry("#delayed", "", "None: every edge spans one level already.", null);
   else if (data.skips.length > MANY) entry("#delayed", "", `and ${number(data.skips.length - MANY)} shorter ones`, null);
   const learning = d3.sort(d3.range(COUNT).filter(i => N.t[i] !== null), i => N.t[i], i => i);
@@ -530,7 +545,7 @@
     return cells;
   }
 
-  /** Colours span what Z-IL's front has, and of the others what lies within eight decades of it: inference learning
+  /** Colours span what Z-IL's front has, and of the others what lies near it: inference learning
       that diverges would leave the front one colour.  Beyond the ends, the ends' colours. */
   function scaleOf(quantity) {
     const live = trace => cellsOf(trace, quantity).filter(c => c.v > 0 && !passed(trace, c.t, c.l)).map(c => c.v);
@@ -628,7 +643,7 @@
   /** A flat graph takes no more of the window than it fills. */
   function room() {
     const { width } = size(), w = extent.right - extent.left, h = extent.bottom + FOOT - extent.top;
-    svg.style("height", `${Math.round(Math.max(360, Math.min(Math.min(width / w, 1.6) * h + 30, innerHeight * .58)))}px`);
+    svg.style("height", `${Math.round(Math.max(360, Math.min(Math.min(width / w, elements.some(e => e.kind === "block") ? 1 : 1.6) * h + 30, innerHeight * .58)))}px`);
   }
   drawOverview();
   room();
