@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zilc.certificate import Certificate, certify
     from zilc.errors import (
         DataError,
         EnsuresError,
@@ -30,6 +31,8 @@ _HOME = {
     "Levelized": "zilc.pipeline",
     "TrainingStep": "zilc.pipeline",
     "verify": "zilc.verification",
+    "certify": "zilc.certificate",
+    "Certificate": "zilc.certificate",
     "Trainer": "zilc.runtime",
     "ZilcError": "zilc.errors",
     "ModelError": "zilc.errors",
@@ -43,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Certificate",
     "DataError",
     "EnsuresError",
     "FileError",
@@ -55,6 +59,7 @@ __all__ = [
     "Trainer",
     "TrainingStep",
     "ZilcError",
+    "certify",
     "emit_training",
     "levelize",
     "verify",
