@@ -311,7 +311,8 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
     )  # fmt: skip
     page.line()
     page.line(f"{name} equals BP bit for bit: {'yes' if data['zil_equals_bp'] else 'no'}")
-    page.line(f"distance of {name}'s update from BP's, relative to BP's: {_share(data['divergence'])}")
+    if not data["zil_equals_bp"]:
+        page.line(f"distance of {name}'s update from BP's, relative to BP's: {_share(data['divergence'])}")
     page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
 
 

@@ -59,6 +59,18 @@ def test_the_printed_sign_is_not_ours():
     )
 
 
+def test_the_facts_say_no_more_than_the_theorem():
+    """At t = l the wave is there: the error is no longer zero, and at t = l + 1 the prediction no longer unchanged."""
+    d = dynamics()
+    for name in set(d.flow.producer) - set(d.clamped):
+        level = d.level(name)
+        for t in range(d.levels.depth + 1):
+            assert (module.zero_errors(Error(name, t), d) == ZERO) == (t < level)
+            assert (module.unchanged_predictions(Prediction(name, t), d) == Prediction(name, 0)) == (t <= level)
+    for name in d.clamped:
+        assert module.zero_errors(Error(name, 0), d) == Error(name, 0)
+
+
 def test_gamma_other_than_one_stays():
     d = dynamics(gamma=0.5)
     term = module.specialise(d.error("h4", 1), d)
@@ -155,6 +167,8 @@ CASES = {
     "weave": (lambda: model(WEAVE), {"output": ["h", "y"]}),
     "edge": (lambda: model(SKIP), {"identities": "edge"}),
     "mlp3": (lambda: models.build("mlp3", inputs=9, hidden=5), {"loss": "cross-entropy"}),
+    # What is frozen is not worked for: errors beyond the middle layer are dead steps.
+    "middle": (lambda: models.build("mlp3", inputs=9, hidden=5), {"wrt": "layer2.*"}),
     "residual": (lambda: models.build("residual", inputs=9, hidden=5), {"identities": "min"}),
     "rnn": (lambda: models.build("rnn", steps=4, inputs=3, hidden=4, outputs=2), {"loss": "mse"}),
     "resnet18": (lambda: models.build("resnet18", image=16, width=3, classes=5, blocks=(1, 2)), {}),
