@@ -194,7 +194,8 @@ def test_so_it_is_on_random_graphs():
         graph = insert_identities(found.graph, found.flow, found.levels)
         flow = flow_of(graph, found.clamped)
         d = Dynamics.of(flow, find_levels(flow))
-        assert specialised(d, sample.leaves).steps == module.wavefront(d, sample.leaves).steps
+        for leaves in (sample.leaves, sample.leaves[:1]):  # one leaf alone: what others need is dead
+            assert specialised(d, leaves).steps == module.wavefront(d, leaves).steps
 
 
 @pytest.mark.parametrize("left_out", PASSES)
