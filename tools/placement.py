@@ -1,9 +1,9 @@
 """Least placements at scale: ``python tools/placement.py [--vertices 20000] [--widths 12,200,4000]``.
 
 Random graphs with skips of every length are levelled by *edge*, *shared* and *min*: how many identities each needs,
-what *min-bytes* saves, and how long the two linear programs take.  ``--models`` does the same for the paper's networks at
-full size and the nine image networks that ship with onnx.  It stops with an error where a placement is worse than the
-one before it.
+what *min-bytes* saves, and how long the two linear programs take.  ``--models`` does the same for the paper's
+networks at full size and the nine image networks that ship with onnx.  It stops with an error where a placement is
+worse than the one before it.
 """
 
 from __future__ import annotations
