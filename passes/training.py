@@ -84,7 +84,8 @@ class TrainingGraph:
         self._tensors = onnx_io.tensors(graph)
         self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
-        self._losses: list[gs.Tensor] = []
+        self.losses: dict[str, gs.Tensor] = {}
+        self._extra: list[tuple[str, gs.Tensor]] = []
         self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
         self._open_clamps(clamps)
@@ -130,7 +131,7 @@ class TrainingGraph:
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
                 value, eps = loss.emit(op, mu, y, clamp.class_axis)
             self._target[clamp.tensor] = y
-            self._losses.append(value)
+            self.losses[clamp.tensor] = value
             self.clamped[clamp.tensor] = eps
 
     def target_of(self, clamp: Clamp) -> gs.Variable | None:
@@ -191,12 +192,16 @@ class TrainingGraph:
         for entry in names.state:
             self._finals.append((entry["next"], slots[entry["slot"]], self._slots[leaf][entry["slot"]]))
 
+    def output(self, name: str, tensor: gs.Tensor) -> None:
+        """One more output, under a claimed name; it comes after all others."""
+        self._extra.append((name, tensor))
+
     def finish(self) -> gs.Graph:
-        """Lay out the outputs: loss, the model's, next values and gradients."""
+        """Lay out the outputs: loss, the model's, next values and gradients, traces."""
         op = self.op
         with op.place("loss", vertex="loss", level=0, role="loss", step=0):
-            total = self._losses[0]
-            for other in self._losses[1:]:
+            total, *others = self.losses.values()
+            for other in others:
                 total = op.Add(total, op.cast(other, op.dtype(total)))
         finals = [(self.loss, total)]
         if self.step is not None and self.step_next is not None:
@@ -210,6 +215,7 @@ class TrainingGraph:
         rest = [self._final(name, tensor, like) for name, tensor, like in self._finals]
         if self.step is not None and self.step_next is not None:
             rest.append(self._final(self.step_next, finals_step))
+        rest += [self._final(name, tensor) for name, tensor in self._extra]
         self.graph.outputs = named + outputs + rest
         return self.graph
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from zilc.pipeline import Levelized, TrainingStep, emit_training, levelize
     from zilc.runtime import Trainer
+    from zilc.tracing import Trace, trace
     from zilc.verification import verify
 
 _HOME = {
@@ -33,6 +34,8 @@ _HOME = {
     "verify": "zilc.verification",
     "certify": "zilc.certificate",
     "Certificate": "zilc.certificate",
+    "trace": "zilc.tracing",
+    "Trace": "zilc.tracing",
     "Trainer": "zilc.runtime",
     "ZilcError": "zilc.errors",
     "ModelError": "zilc.errors",
@@ -56,12 +59,14 @@ __all__ = [
     "OptionError",
     "RequiresError",
     "RuntimeMissing",
+    "Trace",
     "Trainer",
     "TrainingStep",
     "ZilcError",
     "certify",
     "emit_training",
     "levelize",
+    "trace",
     "verify",
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -71,6 +73,26 @@ def index_bound(tensor: gs.Tensor) -> int | None:
                 if isinstance(size, (int, np.integer)):
                     bound = int(size) if bound is None else min(bound, int(size))
     return bound
+
+
+def arrays(
+    source: str | os.PathLike[str] | Mapping[str, np.ndarray], name: str = "inputs"
+) -> tuple[Mapping[str, np.ndarray], str]:
+    """Arrays by name, from an .npz file or as they are, and what error messages call them.
+
+    Raises:
+        FileError, DataError: the file cannot be read, or is no archive of arrays.
+    """
+    if isinstance(source, Mapping):
+        return source, name
+    path = Path(source)
+    onnx_io.read_bytes(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {n: archive[n] for n in archive.files}, str(path)
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        hint = "Write it with numpy.savez."
+        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
 
 
 def checked_feeds(graph: gs.Graph, feeds: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:

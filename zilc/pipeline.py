@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from zilc import onnx_io, optimizers
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
-from zilc.graph import INSERTED
+from zilc.graph import INSERTED, Dataflow
 from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
@@ -68,11 +69,35 @@ class Levelized:
         model: the levelled model; with ``identities="none"``, the prepared model without them.
         levels: level of each vertex, leaf levels under their tensors' names.
         report: the level structure as data (what ``zilc levelize --json`` prints).
+        picture: the levelled graph with a place for every vertex, as data (:mod:`zilc.picture`).
     """
 
     model: onnx.ModelProto
     levels: dict[str, int]
     report: dict[str, Any]
+    flow: Dataflow = field(repr=False)
+
+    @cached_property
+    def picture(self) -> dict[str, Any]:
+        from zilc import picture
+
+        return picture.draw(self.flow, self.report)
+
+    def html(self, traces: Sequence[Any] = ()) -> str:
+        """One self-contained page: the graph level by level, and the energies of ``traces`` if there are any."""
+        from zilc import page
+
+        return page.page(self.picture, traces)
+
+    def figure(self, kind: Literal["svg", "png"] = "svg") -> bytes:
+        """The graph level by level as a figure.
+
+        Raises:
+            RuntimeMissing: matplotlib is not installed.
+        """
+        from zilc import figures
+
+        return figures.levels(self.picture, kind)
 
 
 def levelize(
@@ -123,7 +148,7 @@ def levelize(
     annotate_forward(graph, flow, levels)
     proto = _finish(graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
-    return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS))
+    return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS), flow)
 
 
 # --- emit_training --------------------------------------------------------------------------------------------
@@ -187,6 +212,7 @@ def emit_training(
     update_at: Literal["level", "end"] = "level",
     init_noise: float = 0.0,
     fixed_predictions: bool = False,
+    trace: bool | Sequence[str] = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -219,6 +245,9 @@ def emit_training(
         update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
         init_noise: standard deviation of noise on the initial value nodes.
         fixed_predictions: predictions and derivatives stay at their forward values.
+        trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
+            of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
+            signature's ``trace`` names the outputs.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -227,6 +256,11 @@ def emit_training(
     _one_of("--outputs", outputs, ("next", "grad", "both"))
     _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
+    full = None if trace is False else [] if trace is True else name_list(trace)
+    if full is not None and plan.literal is None:
+        raise OptionError(
+            "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
+        )
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
     found = placed(found, plan.identities)
@@ -253,6 +287,7 @@ def emit_training(
         optimizer=chosen_optimizer,
     )
     make_extra_outputs(training.op, flow, reached)
+    traced = None
     if algorithm == "bp":
         reverse_mode(training, flow, found.levels, leaves)
     elif plan.literal is None:
@@ -260,9 +295,13 @@ def emit_training(
     else:
         # On the training graph's own forward part, whose vertices make the optional outputs that rules read.
         dynamics = _dynamics(found, graph, plan)
-        emit_literal(training, dynamics, leaves, plan.settled(dynamics.levels.depth))
+        how = plan.settled(dynamics.levels.depth)
+        emitted = emit_literal(training, dynamics, leaves, how, full=full)
+        traced = None if emitted is None else emitted.signature(how.steps)
     graph = simplify(training.finish())
     made = _signature(training, found, chosen, algorithm, plan)
+    if traced is not None:
+        made["trace"] = traced
     renamed = {training_name: name for name, training_name in _statename_list(training, chosen).items()}
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")

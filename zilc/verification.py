@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from zilc import onnx_io
 from zilc.analysis import Names, Structure, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
-from zilc.feeds import checked_feeds, random_feeds, random_target
+from zilc.feeds import arrays, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
@@ -218,8 +217,7 @@ def feeds_of(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) 
     if inputs is None:
         feeds = random_feeds(found.graph, seed, dims)
     else:
-        arrays, where = _arrays(inputs)
-        feeds = checked_feeds(found.graph, arrays, where)
+        feeds = checked_feeds(found.graph, *arrays(inputs))
     return {n: _rounded(v) for n, v in feeds.items()}
 
 
@@ -227,25 +225,12 @@ def _rounded(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
 
 
-def _arrays(inputs: Any) -> tuple[Mapping[str, np.ndarray], str]:
-    if isinstance(inputs, Mapping):
-        return inputs, "inputs"
-    path = Path(inputs)
-    onnx_io.read_bytes(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {n: archive[n] for n in archive.files}, str(path)
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        hint = "Write it with numpy.savez."
-        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
-
-
 def targets_of(
     step: TrainingStep, forward: Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
     losses: Mapping[str, str], class_axis: int, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     rng = np.random.default_rng(seed + 2)
-    given = _arrays(inputs)[0] if inputs is not None else {}
+    given = arrays(inputs)[0] if inputs is not None else {}
     outputs = forward.outputs(feeds)
     targets = {}
     for entry in step.signature["targets"]:
