@@ -266,7 +266,7 @@ def divergence_table(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> 
     header = ["network", "size", "K", *(f"{row}, {dtype}" for row in rows for dtype in ("float64", "float32"))]
     lines = []
     for name, entry in found.items():
-        size = ", ".join(f"{k} {v}" for k, v in entry["size"].items())
+        size = ", ".join(f"{k} {v}" for k, v in sorted(entry["size"].items()))  # as docs/paper.json holds them
         cells = [
             shown(entry["rows"][row][dtype]) if row in entry["rows"] else ""
             for row in rows for dtype in ("float64", "float32")
