@@ -247,7 +247,8 @@ def verify(
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
-    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails:
+    float64 on the model itself (with --mode train, on the model in training form with its masks held), along several
+    random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
 
     With --certificate everything is measured in both precisions, against an independent reverse mode too, and so is
@@ -288,8 +289,12 @@ def _certificate(
 ) -> None:  # fmt: skip
     """``zilc verify --certificate``: every variant and both precisions are measured, so none can be chosen."""
     for name in ("precision", *shared.DYNAMICS):
-        if name != "identities" and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if name == "identities" or ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        if name != "mode":
             raise click.UsageError(f"--certificate measures every variant; leave out --{name.replace('_', '-')}.")
+        if training["mode"] != "eval":
+            raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
     placement = training["identities"] or "shared"
     if placement == "none":
         raise click.UsageError("--certificate measures Z-IL on a levelled graph; leave out --identities none.")
@@ -331,7 +336,7 @@ def trace(
     model: str, data: str | None, out: str | None, html: str | None, svg: str | None, png: str | None, alone: bool,
     full: tuple[str, ...], seed: int, as_json: bool, **given: Any,
 ) -> None:
-    """Watch prediction errors travel: every inference step of one batch.
+    """Record every inference step of one batch.
 
     Runs the literal dynamics once and records, for each step and vertex, the prediction error, the movement of the
     value node and the energy.  Prints the energy step by step and which parameters learn when; -o writes the arrays.
@@ -399,7 +404,8 @@ def trace(
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where onnxruntime runs; auto takes CUDA where it works.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the order of examples.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the order of examples, and of Dropout's masks.")
 @click.option("-o", "--out", type=click.Path(), required=True, metavar="TRAINED.onnx",
               help="The model with its trained weights.")
 @shared.as_json

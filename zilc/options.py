@@ -14,7 +14,9 @@ LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 PLACEMENTS = ("edge", "shared", "min", "min-bytes")
 #: The options that say how the dynamics run, as keyword arguments of the library.
-DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions")
+DYNAMICS = (
+    "algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions", "mode",
+)  # fmt: skip
 
 
 class Pair(click.ParamType):
@@ -80,7 +82,7 @@ selection = _apply(
     ]
 )  # fmt: skip
 
-#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``,
+#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``, ``mode``,
 #: ``identities``, and how the dynamics run: ``schedule``, ``steps``, ``gamma``, ``update_at``, ``init_noise`` and
 #: ``fixed_predictions``.
 training = _apply(
@@ -111,6 +113,9 @@ training = _apply(
                      help="Update each parameter at the step of its level, or all at the last (literal schedule)."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes (literal schedule)."),
+        click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True,
+                     help="BatchNormalization and Dropout as the file has them, or turned to training: batch "
+                          "statistics and masks."),
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
     ]
@@ -164,7 +169,7 @@ def selection_of(given: dict[str, Any]) -> dict[str, Any]:
 
 def tracing_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`tracing`; they are taken out of ``given``."""
-    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key != "schedule"}
+    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key not in ("schedule", "mode")}
     return {**plain, "loss": list(given.pop("loss")) or "energy"}
 
 

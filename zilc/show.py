@@ -218,6 +218,7 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
         "model": report["model"],
         "algorithm": signature["algorithm"],
         "schedule": signature["schedule"],
+        "mode": signature["mode"],
         "identities": signature["identities"],
         "K": signature["levels"],
         "loss": ", ".join(f"{kind} of {name}" for name, kind in report["losses"].items()),
@@ -334,6 +335,7 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
             "training graphs ran in": ran["training"],
             "differences ran in": ran["differences"],
             "tolerance": f"{data['tolerance']:g} against central differences in float64",
+            "differences of": data["differences_of"],
         }
     )
     page.table(

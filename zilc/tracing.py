@@ -270,7 +270,7 @@ def feeds_of(
         feeds = random_feeds(graph, seed, dims)
     else:
         given, where = arrays(data, where)
-        feeds = checked_feeds(graph, given, where)
+        feeds = checked_feeds(graph.inputs, given, where)
     feeds.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
     rng = np.random.default_rng(seed + 2)
     missing = [e for e in signature["targets"] if e["name"] is not None and e["name"] not in given]

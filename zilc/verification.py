@@ -14,18 +14,22 @@ from zilc import onnx_io
 from zilc.analysis import Names, Structure, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
-from zilc.feeds import arrays, checked_feeds, random_feeds, random_target
+from zilc.feeds import BATCH, STATISTICS_BATCH, arrays, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
-from zilc.pipeline import TrainingStep, emit_training, settle_losses
+from zilc.passes.train_mode import TrainMode
+from zilc.pipeline import Mode, TrainingStep, emit_training, settle_losses
 
 #: Largest directional error accepted, relative to |gradient| |direction|.  Central differences in float64 with a
 #: relative step of 1e-5 are good to about 1e-8; float32 gradients of deep networks reach 1e-3 (ZIL.md, section 8).
 TOLERANCE = {"float64": 1e-5, "float32": 5e-3}
 #: Sizes of a step relative to the parameter's norm.  Where a Relu or a MaxPool switches within a step, an error stays
-#: that is not the gradient's: then a shorter step is taken.  A wrong gradient is wrong along each of them.
-STEPS = (1e-5, 1e-7, 1e-9)
+#: that is not the gradient's: then a shorter step is taken.  Where the gradient is next to zero beside the others', as
+#: that of a bias whose mean the batch takes away again, the loss's rounding swamps a short step: then a longer one is
+#: taken.  A wrong gradient is wrong along each of them.
+STEPS = (1e-5, 1e-3, 1e-7, 1e-9)
+_TRAINING_FORM = "the model in training form: batch statistics, masks held"
 
 
 @dataclass
@@ -55,6 +59,7 @@ def verify(
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
+    mode: Mode = "eval",
     precision: Literal["float32", "float64"] = "float32",
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
@@ -66,6 +71,8 @@ def verify(
     """Compare the emitted Z-IL with the emitted BP, and with the model itself, on the same feeds.
 
     Args:
+        mode: with ``train``, differences are of the model in training form, with batch statistics and with the masks
+            of ``seed`` and step 0 held: a function that the file itself does not compute.
         precision: of the training graphs; central differences are always taken in float64.
         inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
         directions: random directions a parameter.
@@ -84,11 +91,11 @@ def verify(
     chosen = double if precision == "float64" else source
     shared: dict[str, Any] = {
         "loss": loss, "class_axis": class_axis, "output": output, "wrt": wrt, "freeze": freeze, "tie": tie,
-        "dims": dims, "opset": opset, "outputs": "grad",
+        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode,
     }  # fmt: skip
     zil = emit_training(chosen, **dynamics, **shared)
     bp = emit_training(chosen, algorithm="bp", **shared)
-    found = structure(double, output=output, dims=dims, tie=tie, opset=opset)
+    found = structure(double, output=output, dims=dims, tie=tie, opset=opset, mode=mode)
     losses = settle_losses(found, loss)
     forward = Forward(found, zil)
     feeds = feeds_of(found, inputs, seed, dims or {})
@@ -142,6 +149,8 @@ def verify(
             "precision": precision,
             "algorithm": zil.signature["algorithm"],
             "schedule": zil.signature["schedule"],
+            "mode": mode,
+            "differences_of": _TRAINING_FORM if found.mode and found.mode.turned else "the model",
             "levels": zil.signature["levels"],
             "executor": {"training": run.name, "differences": forward.executor.name},
             "zil_equals_bp": equal,
@@ -200,7 +209,8 @@ def gradients_of(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarr
     """Gradients by leaf name; floating feeds are cast to the training graph's precision."""
     signature = step.signature
     given = {name: np.asarray(value) for name, value in feeds.items()}
-    given.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
+    held = [*signature["parameters"], *signature["carried"]]
+    given.update({entry["name"]: np.asarray(step.state[entry["name"]]) for entry in held})
     if precision == "float32":
         kinds = {i.name: i.type.tensor_type.elem_type for i in step.model.graph.input}
         given = {
@@ -214,11 +224,16 @@ def gradients_of(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarr
 
 def feeds_of(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Inputs in float64.  float32 runs see them rounded, so they are rounded once for both."""
+    mode = found.mode or TrainMode()
+    drawn = {mode.seed: seed, mode.step: 0} if mode.seed else {}
+    own = [t for t in found.graph.inputs if t.name not in drawn]
     if inputs is None:
-        feeds = random_feeds(found.graph, seed, dims)
+        feeds = random_feeds(own, seed, dims, STATISTICS_BATCH if mode.batch_normalizations else BATCH)
     else:
-        feeds = checked_feeds(found.graph, *arrays(inputs))
-    return {n: _rounded(v) for n, v in feeds.items()}
+        feeds = checked_feeds(own, *arrays(inputs))
+    return {
+        **{n: _rounded(v) for n, v in feeds.items()}, **{n: np.asarray(v, np.int64) for n, v in drawn.items() if n}
+    }  # fmt: skip
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:
@@ -246,7 +261,7 @@ def targets_of(
 
 
 class Forward:
-    """The model itself in float64, its trained leaves fed from outside."""
+    """The model itself in float64, in training form if asked, its trained leaves fed from outside."""
 
     def __init__(self, found: Structure, step: TrainingStep) -> None:
         self.outputs_wanted = list(found.outputs)
@@ -256,7 +271,12 @@ class Forward:
         self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
         #: A tied tensor follows its leaf.
         self.followers = {b: tie for b, tie in found.prepared.ties.items() if tie[0] in self.values}
-        self.executor = executor(opened(found.prepared.source.proto, self.fed({}), self.outputs_wanted))
+        proto = found.prepared.source.proto
+        if found.mode and found.mode.turned:
+            # In training form, where ties are made already.  What the compiler emits for BatchNormalization has no
+            # part in it: its training form stays one operator here.
+            proto, self.followers = _whole_batch_normalization(onnx_io.to_proto(found.graph)), {}
+        self.executor = executor(opened(proto, self.fed({}), self.outputs_wanted))
 
     def fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every opened initializer, some of them moved."""
@@ -294,6 +314,14 @@ class Forward:
             y = targets.get(entry["name"]) if entry["name"] else None
             total += numpy_loss(losses[entry["output"]], np.asarray(outputs[entry["output"]]), y, axis)
         return total
+
+
+def _whole_batch_normalization(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """All three outputs of the training form, which the operator must have, read or not (in place)."""
+    for node in proto.graph.node:
+        if node.op_type == "BatchNormalization" and len(node.output) == 1:
+            node.output.extend(f"{node.output[0]}/{name}" for name in ("running_mean", "running_var"))
+    return proto
 
 
 def opened(

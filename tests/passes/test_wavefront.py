@@ -159,7 +159,7 @@ def emitted(monkeypatch, proto, schedule, **options):
     """The training graph that is made when the pipeline takes its schedule from ``schedule``."""
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "wavefront", schedule)
-        return serialize(zilc.emit_training(proto, outputs="grad", **options).model)
+        return serialize(zilc.emit_training(proto, **options).model)
 
 
 CASES = {
@@ -179,11 +179,16 @@ CASES = {
 }
 
 
+#: By default the learning rate scales the clamped errors and sums of products are joined; gradients keep both apart.
+SHIPPED = {"updates": {}, "gradients": {"outputs": "grad"}, "adam": {"optimizer": "adam", "outputs": "both"}}
+
+
+@pytest.mark.parametrize("shipped_as", SHIPPED)
 @pytest.mark.parametrize("name", CASES)
-def test_the_literal_description_specialised_is_the_wavefront_node_for_node(monkeypatch, name):
+def test_the_literal_description_specialised_is_the_wavefront_node_for_node(monkeypatch, name, shipped_as):
     build, options = CASES[name]
-    proto = build()
-    shipped = serialize(zilc.emit_training(proto, outputs="grad", **options).model)
+    proto, options = build(), {**options, **SHIPPED[shipped_as]}
+    shipped = serialize(zilc.emit_training(proto, **options).model)
     assert emitted(monkeypatch, proto, specialised, **options) == shipped
 
 
@@ -198,13 +203,16 @@ def test_so_it_is_on_random_graphs():
             assert specialised(d, leaves).steps == module.wavefront(d, leaves).steps
 
 
+@pytest.mark.parametrize("shipped_as", SHIPPED)
 @pytest.mark.parametrize("left_out", PASSES)
 @pytest.mark.parametrize("name", CASES)
-def test_with_one_pass_left_out_it_is_not(monkeypatch, name, left_out):
+def test_with_one_pass_left_out_it_is_not(monkeypatch, name, left_out, shipped_as):
     """What is left over has no place in a wavefront: an error where it is to be emitted."""
     build, options = CASES[name]
     with pytest.raises(TypeError, match="a wavefront schedule has no"):
-        emitted(monkeypatch, build(), lambda d, leaves: specialised(d, leaves, left_out), **options)
+        emitted(
+            monkeypatch, build(), lambda d, leaves: specialised(d, leaves, left_out), **options, **SHIPPED[shipped_as]
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
