@@ -316,7 +316,8 @@ class _Model:
             with op.place("inference/clamp", vertex="inference", level=0, role="error"):
                 for c in self.training.clamps:
                     target = self.training.target_of(c)
-                    losses[c.tensor], clamped[c.tensor] = LOSSES[c.loss].clamp(op, mu[c.tensor], target, c.class_axis)
+                    made = LOSSES[c.loss].evaluate(op, mu[c.tensor], target, c.class_axis)
+                    losses[c.tensor], clamped[c.tensor] = made
         return _State(self.forward if self.fixed else x, mu, {**eps, **clamped}, computed, losses)
 
     def value(self, op: Emitter, term: Term, *states: _State) -> gs.Tensor | None:

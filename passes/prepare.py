@@ -20,12 +20,13 @@ import onnx.shape_inference
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import foreign, onnx_io
 from zilc.errors import ModelError, OptionError, describe_vertex
 from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
+from zilc.passes.ranks import scalar_bounds, settle_ranks
 from zilc.passes.sequences import resolve_sequences
 from zilc.passes.unroll import unroll
 
@@ -80,10 +81,16 @@ def prepare(
     graph = lift_constants(graph)
     graph = name_casts(graph)
     notes: list[str] = []
-    graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
-    straight = inline_control_flow(graph, notes)
-    graph = graph if straight is graph else reinfer(straight)
-    graph = resolve_sequences(graph)
+    while True:
+        graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
+        said: list[str] = []
+        straight = inline_control_flow(graph, said)
+        notes += [line for line in said if line not in notes]
+        if straight is graph:
+            break
+        graph = reinfer(straight)  # branches and bodies may hold sequences, whose length decides about others
+    settled = settle_ranks(scalar_bounds(graph))
+    graph = graph if settled is graph else reinfer(settled)
     graph = unroll(graph, notes)
     graph = remove_identities(graph, keep=keep)
     prepared = Prepared(graph, source, notes=notes)
@@ -347,7 +354,18 @@ def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onn
 
 
 def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew."""
+    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew.
+
+    What operators of custom domains make is told by their registered inference (:mod:`zilc.rules`), one row of them
+    after the other, since what follows each hangs on it.
+    """
+    made = _infer(proto, where)
+    while foreign.add_types(made):
+        made = _infer(made, where)
+    return made
+
+
+def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):

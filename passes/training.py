@@ -96,7 +96,8 @@ class TrainingGraph:
         self._tensors = onnx_io.tensors(graph)
         self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
-        self._losses: dict[str, Emitted] = {}
+        self.losses: dict[str, gs.Tensor] = {}
+        self._losses: list[Emitted] = []
         self._extra: list[tuple[str, gs.Tensor]] = []
         self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
@@ -146,27 +147,22 @@ class TrainingGraph:
             else:
                 self.targets.append({"name": "", "output": clamp.output, "loss": clamp.loss})
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
-                self._losses[clamp.tensor] = loss.emit(op, mu, y, clamp.class_axis)
+                self._losses.append(loss.emit(op, mu, y, clamp.class_axis))
+            self.losses[clamp.tensor] = self._losses[-1][0]
             self._target[clamp.tensor] = y
-
-    @property
-    def losses(self) -> dict[str, gs.Tensor]:
-        """The loss of each clamped tensor, shape []."""
-        return {tensor: value for tensor, (value, _, _) in self._losses.items()}
 
     def _rate_commutes(self, inputs: Sequence[str]) -> bool:
         """Whether all that is asked for are updates p - lr g, in one dtype that loses nothing to a small rate."""
         if self.optimizer is None or not self.optimizer.linear or self.outputs != "next" or inputs:
             return False
         assert self.lr is not None
-        errors = {self.op.dtype(direction) for _, direction, _ in self._losses.values()}
+        errors = {self.op.dtype(direction) for _, direction, _ in self._losses}
         return errors | {self.op.dtype(p) for p in self._parameters} == {self.lr.dtype}
 
     def _clamp(self) -> None:
         """eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
         op = self.op
-        for clamp in self.clamps:
-            _, direction, factor = self._losses[clamp.tensor]
+        for clamp, (_, direction, factor) in zip(self.clamps, self._losses, strict=True):
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
                 if self.rate_in_errors:
                     factor = self.lr if factor is None else op.Mul(factor, self.lr)
@@ -347,7 +343,7 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
         rule = table.lookup(node, opset)
         captured = any(e.operand >= len(node.inputs) for e in flow.operands[v])
         if rule is None or (captured and rule.whole is None):
-            missing.append(describe_vertex(flow.names[v], node.op, opset=opset, level=levels.vertices[v]))
+            missing.append(describe_vertex(flow.names[v], _operator(node), opset=opset, level=levels.vertices[v]))
             continue
         inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
         for inner in control_flow.without_rule(node, opset, inside) if rule.whole is not None else ():
@@ -355,6 +351,10 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
             missing.append(describe_vertex(where_inside, inner.op, opset=opset, level=levels.vertices[v]))
     if missing:
         raise MissingRule(missing, where=where)
+
+
+def _operator(node: gs.Node) -> str:
+    return node.op if node.domain in (None, "", "ai.onnx") else f"{node.domain}.{node.op}"
 
 
 def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> None:

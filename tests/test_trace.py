@@ -9,6 +9,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import onnx
+import onnx.numpy_helper
+import onnx.parser
 import pytest
 
 import zilc
@@ -290,3 +292,31 @@ def test_the_tracing_graph_can_be_written(zilc_command: Command, tmp_path: Path)
     kept = json.loads(next(p.value for p in stored.metadata_props if p.key == "zilc.signature"))
     assert kept["trace"]["full"][0]["error"] == "s.trace.error"
     assert {o.name for o in stored.graph.output} > {"trace.error", "trace.movement", "trace.energy", "s.trace.value"}
+
+
+def test_errors_pass_the_masks_of_the_training_mode() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18]>
+        g (float[6, 4] x) => (float[6, 3] y) <float[4, 5] W, float[5, 3] V> {
+            h = MatMul(x, W)
+            n = BatchNormalization(h, s, b, m, v)
+            ratio = Constant<value_float = 0.5>()
+            d = Dropout(n, ratio)
+            y = MatMul(d, V)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    made = {n: rng.standard_normal(k) for n, k in (("W", (4, 5)), ("V", (5, 3)), ("s", 5), ("b", 5), ("m", 5))}
+    made["v"] = np.ones(5)
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v.astype(np.float32), n) for n, v in made.items())
+    data = {"x": rng.standard_normal((6, 4)).astype(np.float32), "target": np.zeros((6, 3), np.float32)}
+    found = zilc.trace(model, data=data, mode="train", full=["n", "d"], seed=7)
+    value, error = found.full["d/value"][0], found.full["n/error"]
+    masked = value == 0
+    assert 0 < masked.sum() < masked.size
+    step = next(t for t, row in enumerate(error) if np.any(row))
+    assert np.array_equal(error[step] == 0, masked)
+    h = data["x"] @ made["W"].astype(np.float32)
+    whole = made["s"] * (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5) + made["b"]
+    np.testing.assert_allclose(value, np.where(masked, 0, 2 * whole), rtol=1e-4, atol=1e-5)

@@ -110,6 +110,7 @@ def zilc(debug: bool) -> None:
               help="A chain of identity vertices an edge or a tensor; the fewest vertices or bytes; or only report.")
 @shared.pictures
 @shared.selection
+@shared.rules
 @shared.as_json
 def levelize(
     model: str, out: str | None, identities: str, html: str | None, svg: str | None, png: str | None, as_json: bool,
@@ -174,6 +175,7 @@ def _write(files: Mapping[str | None, Callable[[Path], object]]) -> None:
 @click.option("--state", type=click.Path(), metavar="STATE.safetensors|none",
               help="Initial parameters and optimizer slots. Default: STEP.safetensors beside the graph; none: no file.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
@@ -227,6 +229,7 @@ def emit_training(
 @zilc.command()
 @shared.model
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
               help="Precision of the training graphs; differences are always taken in float64.")
@@ -328,6 +331,7 @@ def _certificate(
 @shared.pictures
 @click.option("--alone", is_flag=True, help="Draw this algorithm alone, without the other one beside it.")
 @shared.selection
+@shared.rules
 @shared.tracing
 @shared.full
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random feeds.")
@@ -336,7 +340,7 @@ def trace(
     model: str, data: str | None, out: str | None, html: str | None, svg: str | None, png: str | None, alone: bool,
     full: tuple[str, ...], seed: int, as_json: bool, **given: Any,
 ) -> None:
-    """Record every inference step of one batch.
+    """Record prediction errors at every inference step.
 
     Runs the literal dynamics once and records, for each step and vertex, the prediction error, the movement of the
     value node and the energy.  Prints the energy step by step and which parameters learn when; -o writes the arrays.
@@ -353,7 +357,8 @@ def trace(
 
     selection = shared.selection_of(given)
     options = shared.tracing_of(given)
-    same = {**selection, "loss": options["loss"], "class_axis": options["class_axis"], "data": data, "seed": seed}
+    shared_options = {key: options[key] for key in ("loss", "class_axis", "mode")}
+    same = {**selection, **shared_options, "data": data, "seed": seed}
     found: list[tracing.Trace] = []
     with working("inference"):
         found.append(tracing.trace(model, full=full, **{**options, **same}))
@@ -398,6 +403,7 @@ def trace(
               help="Examples along axis 0: arrays named like the model's inputs, and 'target'.")
 @click.option("--val", type=click.Path(), metavar="VAL.npz", help="Held-out examples, looked at after each epoch.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")

@@ -43,12 +43,12 @@ class Loss:
     labels: bool = False
     targeted: bool = True
 
-    def clamp(
+    def evaluate(
         self, op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, class_axis: int
     ) -> tuple[gs.Tensor, gs.Tensor]:
-        """The loss, shape [], and the error of the output that it clamps: dL/dmu at ``mu``, of mu's shape."""
-        loss, direction, factor = self.emit(op, mu, y, class_axis)
-        return loss, direction if factor is None else op.Mul(direction, factor)
+        """The loss, a scalar, and dL/dmu, of mu's shape, at ``mu``."""
+        value, direction, factor = self.emit(op, mu, y, class_axis)
+        return value, direction if factor is None else op.Mul(direction, factor)
 
     def target(self, op: Emitter, mu: gs.Tensor, class_axis: int) -> Target | None:
         """dtype and shape of the target of an output ``mu``; None if the loss has no target.

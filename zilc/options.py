@@ -82,6 +82,10 @@ selection = _apply(
     ]
 )  # fmt: skip
 
+_mode = click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True,
+                     help="BatchNormalization and Dropout as the file has them, or turned to training: batch "
+                          "statistics and masks.")  # fmt: skip
+
 #: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``, ``mode``,
 #: ``identities``, and how the dynamics run: ``schedule``, ``steps``, ``gamma``, ``update_at``, ``init_noise`` and
 #: ``fixed_predictions``.
@@ -113,9 +117,7 @@ training = _apply(
                      help="Update each parameter at the step of its level, or all at the last (literal schedule)."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes (literal schedule)."),
-        click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True,
-                     help="BatchNormalization and Dropout as the file has them, or turned to training: batch "
-                          "statistics and masks."),
+        _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
     ]
@@ -138,6 +140,7 @@ tracing = _apply(
                      help="Update each parameter at the step of its level, or all at the last."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes."),
+        _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values."),
     ]
@@ -156,6 +159,20 @@ pictures = _apply(
     ]
 )  # fmt: skip
 
+
+def _load_rules(ctx: click.Context, _param: click.Parameter, paths: Sequence[str]) -> None:
+    if paths and not ctx.resilient_parsing:
+        from zilc import rules
+
+        ctx.with_resource(rules.scoped())
+        for path in paths:
+            rules.load(path)
+
+
+rules = click.option("--rules", multiple=True, type=click.Path(), metavar="FILE.py", expose_value=False,
+                     callback=_load_rules,
+                     help="Run this Python file first: it registers rules (zilc.rules); may be repeated.")  # fmt: skip
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
 model = click.argument("model", metavar="MODEL.onnx", type=click.Path())
@@ -169,7 +186,7 @@ def selection_of(given: dict[str, Any]) -> dict[str, Any]:
 
 def tracing_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`tracing`; they are taken out of ``given``."""
-    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key not in ("schedule", "mode")}
+    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key != "schedule"}
     return {**plain, "loss": list(given.pop("loss")) or "energy"}
 
 

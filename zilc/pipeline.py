@@ -214,8 +214,8 @@ def emit_training(
     update_at: Literal["level", "end"] = "level",
     init_noise: float = 0.0,
     fixed_predictions: bool = False,
-    trace: bool | Sequence[str] = False,
     mode: Mode = "eval",
+    trace: bool | Sequence[str] = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -248,12 +248,12 @@ def emit_training(
         update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
         init_noise: standard deviation of noise on the initial value nodes.
         fixed_predictions: predictions and derivatives stay at their forward values.
-        trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
-            of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
-            signature's ``trace`` names the outputs.
         mode: ``eval`` trains the model as the file has it.  ``train`` turns BatchNormalization to batch statistics,
             its running ones carried (``carried`` in the signature), and Dropout to one mask an update, drawn from the
             inputs ``seed`` and ``step``: see :func:`zilc.passes.train_mode.train_mode`.
+        trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
+            of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
+            signature's ``trace`` names the outputs.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:

@@ -19,7 +19,7 @@ from zilc.executors import executor
 from zilc.feeds import arrays, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.identities import Placement
-from zilc.pipeline import TrainingStep, emit_training
+from zilc.pipeline import Mode, TrainingStep, emit_training
 
 
 @dataclass
@@ -170,6 +170,7 @@ def trace(
     update_at: Literal["level", "end"] = "level",
     init_noise: float = 0.0,
     fixed_predictions: bool = False,
+    mode: Mode = "eval",
     full: Sequence[str] = (),
     seed: int = 0,
     base_dir: str | os.PathLike[str] | None = None,
@@ -194,7 +195,7 @@ def trace(
     step = emit_training(
         source, loss=loss, class_axis=class_axis, output=output, wrt=wrt, freeze=freeze, tie=tie, dims=dims,
         opset=opset, algorithm=algorithm, identities=identities, schedule="literal", steps=steps, gamma=gamma,
-        update_at=update_at, init_noise=init_noise, fixed_predictions=fixed_predictions, outputs="grad",
+        update_at=update_at, init_noise=init_noise, fixed_predictions=fixed_predictions, mode=mode, outputs="grad",
         trace=list(full) or True,
     )  # fmt: skip
     feeds = feeds_of(step, data, class_axis=class_axis, seed=seed, dims=dims)
@@ -260,7 +261,9 @@ def feeds_of(
         DataError: an array is missing or does not fit.
     """
     signature = step.signature
-    leaves = [*signature["inputs"], *(p["name"] for p in signature["parameters"])]
+    held = [entry["name"] for entry in (*signature["parameters"], *signature["carried"])]
+    drawn = {signature["seed"]: seed, signature["step"]["name"]: 0} if signature["seed"] else {}
+    leaves = [*signature["inputs"], *held, *drawn]
     # Parameters among the inputs show the Gathers' bounds; values are drawn for the model's own inputs alone.
     graph = gs.import_onnx(_only(step.model, leaves, signature["predictions"]))
     graph.inputs = [t for t in graph.inputs if t.name in set(signature["inputs"])]
@@ -271,7 +274,8 @@ def feeds_of(
     else:
         given, where = arrays(data, where)
         feeds = checked_feeds(graph.inputs, given, where)
-    feeds.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
+    feeds.update({name: np.asarray(step.state[name]) for name in held})
+    feeds.update({name: np.asarray(value, np.int64) for name, value in drawn.items()})
     rng = np.random.default_rng(seed + 2)
     missing = [e for e in signature["targets"] if e["name"] is not None and e["name"] not in given]
     outputs = [e["output"] for e in missing if e["output"] not in feeds]
