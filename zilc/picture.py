@@ -11,7 +11,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -341,7 +341,7 @@ def _no_longer(cuts: Sequence[tuple[int, int]], width: int) -> list[tuple[int, i
     for low, high in cuts:
         parts = -(-(high - low + 1) // max(MOST, width // 12))
         edges = [low + (high - low + 1) * k // parts for k in range(parts + 1)]
-        made += [(a, b - 1) for a, b in zip(edges, edges[1:], strict=False)]
+        made += [(a, b - 1) for a, b in pairwise(edges)]
     return made
 
 
