@@ -27,6 +27,7 @@ from zilc.verification import overall
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The same numbers give the same file.
@@ -71,30 +72,39 @@ def draw(axis: Axes, flow: Dataflow, levels: Levels, title: str) -> None:
     """Vertices from the highest level to the output; identity vertices on a lane of their own."""
     place = {v: (-levels.vertices[v], 1.0 if node.op == "Identity" else 0.0) for v, node in enumerate(flow.vertices)}
     source = next(name for name in flow.leaves if name == "input")
+    start = (-levels.leaves[source], 0.0)
+    boxes = [box(axis, *place[v], node.op) for v, node in enumerate(flow.vertices)]
+    origin = box(axis, *start, "input")
     for edge in flow.edges:
         if edge.source is None and edge.tensor != source:
             continue  # parameters would hide the picture
-        start = (-levels.leaves[source], 0.0) if edge.source is None else place[edge.source]
-        end, skips = place[edge.consumer], levels.gap(edge) > 0
+        skips = levels.gap(edge) > 0
+        tail, at = (origin, start) if edge.source is None else (boxes[edge.source], place[edge.source])
         axis.annotate(
-            "", end, start, zorder=1,
-            arrowprops={
-                "arrowstyle": "-|>", "color": RED if skips else GREY, "shrinkA": 12, "shrinkB": 12,
+            "", place[edge.consumer], at, zorder=1,
+            arrowprops={  # from box to box, whatever their widths
+                "arrowstyle": "-|>", "color": RED if skips else GREY, "shrinkA": 0, "shrinkB": 0,
+                "patchA": tail, "patchB": boxes[edge.consumer],
                 "connectionstyle": "arc3,rad=-0.35" if skips else "arc3",
             },
-        )  # fmt: skip
-    kinds = [(place[v], node.op) for v, node in enumerate(flow.vertices)]
-    for (x, y), kind in [((-levels.leaves[source], 0.0), "input"), *kinds]:
-        color = GREEN if kind == "Identity" else GREY if kind == "input" else "white"
-        axis.text(
-            x, y, {"Identity": "Id"}.get(kind, kind), ha="center", va="center", zorder=2,
-            color="black" if color == "white" else "white",
-            bbox={"boxstyle": "round,pad=0.3", "fc": color, "ec": "black" if color == "white" else color, "lw": 0.8},
         )  # fmt: skip
     axis.set(title=title, xlim=(-levels.depth - 0.6, 0.6), ylim=(-0.6, 1.6), yticks=[])
     axis.title.set_ha("left")
     axis.title.set_x(0.0)
     axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def box(axis: Axes, x: float, y: float, kind: str) -> FancyBboxPatch:
+    """A vertex, or the input."""
+    color = {"Identity": GREEN, "input": GREY}.get(kind, "white")
+    text = axis.text(
+        x, y, {"Identity": "Id"}.get(kind, kind), ha="center", va="center", zorder=2, fontsize=8,
+        color="black" if color == "white" else "white",
+        bbox={"boxstyle": "round,pad=0.3", "fc": color, "ec": "black" if color == "white" else color, "lw": 0.8},
+    )  # fmt: skip
+    patch = text.get_bbox_patch()
+    assert patch is not None
+    return patch
 
 
 # --- dynamics ---------------------------------------------------------------------------------------
@@ -126,14 +136,15 @@ def conditions_figure() -> plt.Figure:
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     exact = 1e-17  # where a log axis shows zero
     shown = ("zil", "unlevelled", "gamma", "init-noise", "update-at-end", "il")
-    for name, marker in zip(shown, "o^sD*v", strict=True):
+    # Open ones of different sizes, so that one shows inside another.
+    for name, marker, width in zip(shown, "o^sD*v", (9, 8, 10, 7, 9, 5), strict=True):
         # Weight and bias of a layer are on one level: the worse of the two.
         worst: dict[int, float] = {}
         for row in data["parameters"]:
             far = row["variants"][name]["float64"]["bp"]["relative"]
             worst[row["level"]] = max(worst.get(row["level"], exact), far)
         at = sorted(worst)
-        axis.plot(at, [worst[level] for level in at], marker + "-", label=titles[name], lw=0.8, ms=6)
+        axis.plot(at, [worst[level] for level in at], marker + "-", label=titles[name], lw=0.8, ms=width, mfc="none")
     axis.set(yscale="log", xlabel="level of the parameter", ylabel="divergence from BP", ylim=(exact / 5, None))
     ticks = [exact, 1e-12, 1e-8, 1e-4, 1e0, 1e4, 1e8]
     axis.set_yticks(ticks, ["0", *(f"$10^{{{round(np.log10(t))}}}$" for t in ticks[1:])])
