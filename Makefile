@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper browser vendor clean
+.PHONY: demo test exam lint bench paper figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -24,6 +24,9 @@ bench: .venv/test.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+figures: .venv/test.stamp
+	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
 
 # The tests of pages look at them in Chromium or Chrome; without one they would fail, not be skipped.
 browser: | .venv/bin/python

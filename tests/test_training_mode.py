@@ -504,9 +504,9 @@ def test_verify_fails_where_the_mask_moves(plain: Path, monkeypatch: pytest.Monk
     """Differences under another mask than the gradient's are far from it: the comparison has teeth."""
     from zilc import verification
 
-    honest = verification._Forward.outputs
+    honest = verification.Forward.outputs
     monkeypatch.setattr(
-        verification._Forward, "outputs",
+        verification.Forward, "outputs",
         lambda self, feeds, moved=None: honest(self, {**feeds, "step": np.asarray(1)}, moved),
     )  # fmt: skip
     assert not zilc.verify(plain, mode="train").passed
