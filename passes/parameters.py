@@ -278,7 +278,7 @@ def _nothing(found: list[Candidate], flow: Dataflow) -> str:
         node = quantised[0]
         return (
             f"The model is quantised: vertex '{node.name or node.outputs[0].name}' ({node.op}) cuts the gradient. "
-            "Train the floating-point model it was made from."
+            "Train the floating-point model it was made from, or, if it is of QDQ format, add --straight-through."
         )
     if found:
         return "Floating tensors left out: " + ", ".join(f"{c.name} ({c.reason or 'frozen'})" for c in found[:4]) + "."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
@@ -16,6 +16,7 @@ from zilc.passes import contracts, placement, prepare
 from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
 from zilc.passes.prepare import Prepared
+from zilc.passes.straight import pass_through
 
 Names = str | Sequence[str] | None
 
@@ -35,6 +36,7 @@ class Structure:
         outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
         levels: where the placement of identities puts vertices; by default those of the longest path.
         longest: levels of the longest path, which fix the order of sums.
+        straight: vertices of QuantizeLinear through which the gradient passes.
     """
 
     prepared: Prepared
@@ -44,6 +46,7 @@ class Structure:
     flow: Dataflow
     levels: Levels
     longest: Levels
+    straight: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -58,17 +61,21 @@ def structure(
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     opset: int | None = None,
     base_dir: str | os.PathLike[str] | None = None,
+    straight_through: bool = False,
 ) -> Structure:
     """Load, prepare, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
     prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=name_list(output))
+    straight: list[str] = []
+    if straight_through:
+        prepared.graph, straight = pass_through(prepared.graph, prepared.graph.opset, source.name)
     outputs = prepare.choose_outputs(prepared.graph, name_list(output), source.name)
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, straight)
 
 
 def placed(found: Structure, where: str) -> Structure:

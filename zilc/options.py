@@ -14,7 +14,8 @@ LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 PLACEMENTS = ("edge", "shared", "min", "min-bytes")
 #: The options that say how the dynamics run, as keyword arguments of the library.
-DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions")
+DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions",
+            "straight_through")
 
 
 class Pair(click.ParamType):
@@ -113,6 +114,8 @@ training = _apply(
                      help="Standard deviation of noise on the initial value nodes (literal schedule)."),
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
+        click.option("--straight-through", is_flag=True,
+                     help="Pass gradients through QuantizeLinear where it did not saturate, and DequantizeLinear."),
     ]
 )  # fmt: skip
 

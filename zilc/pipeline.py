@@ -187,6 +187,7 @@ def emit_training(
     update_at: Literal["level", "end"] = "level",
     init_noise: float = 0.0,
     fixed_predictions: bool = False,
+    straight_through: bool = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -219,6 +220,8 @@ def emit_training(
         update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
         init_noise: standard deviation of noise on the initial value nodes.
         fixed_predictions: predictions and derivatives stay at their forward values.
+        straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
+            were rounded; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -227,8 +230,14 @@ def emit_training(
     _one_of("--outputs", outputs, ("next", "grad", "both"))
     _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
+    if straight_through and plan.literal is not None:
+        raise OptionError(
+            "quantised value nodes cannot move by fractions", where="--straight-through", hint="Use the wavefront."
+        )
     chosen_optimizer = optimizers.make(optimizer, options)
-    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    found = structure(
+        model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir, straight_through=straight_through
+    )
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where)
@@ -274,6 +283,7 @@ def emit_training(
         for n in chosen.parameters
     ]  # fmt: skip
     report["losses"] = losses
+    report["straight_through"] = found.straight
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
     initial = State({name: state[own] for name, own in renamed.items()})
     return TrainingStep(proto, made, initial, report, found.prepared.source, dict(found.prepared.ties))
@@ -487,6 +497,7 @@ def _signature(
             {"name": n, "level": training.leaves[n].level, "grad": training.leaves[n].grad} for n in chosen.inputs
         ],
         "carried": [],
+        **({"straight_through": True} if found.straight else {}),
     }
 
 
