@@ -21,7 +21,7 @@ import onnx.version_converter
 import onnx_graphsurgeon as gs
 
 from zilc import foreign, onnx_io
-from zilc.errors import ModelError, OptionError
+from zilc.errors import ModelError, OptionError, describe_vertex
 from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
@@ -32,6 +32,8 @@ from zilc.passes.unroll import unroll
 
 #: Recurrences that ONNX says by a loop: what is in the loop are the vertices.
 _BY_BODY = frozenset({("", "LinearAttention")})
+#: From this opset on BatchNormalization says by an attribute which form it is in.
+_TRAINING_MODE = 14
 
 @dataclass
 class Prepared:
@@ -138,6 +140,8 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             hint="Upgrade onnx, or export with a lower opset.",
         )
     proto = _inline_newer(proto, target)
+    if current < _TRAINING_MODE:
+        proto = _mark_training_form(proto, where)
     if current == target:
         return proto
     if current == 8 and any(node.op_type == "Scan" and not node.domain for node in proto.graph.node):
@@ -154,6 +158,38 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             where=where,
             hint=f"Export the model with opset {MIN_OPSET} to {MAX_OPSET}.",
         ) from error
+
+
+def _mark_training_form(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """Before opset 14 a BatchNormalization is in training form if it has more outputs than Y; then by an attribute.
+
+    onnx's converter takes neither the two outputs that went (saved statistics), nor notes the form: the outputs are
+    dropped here, and the attribute is written, which older operators ignore.
+
+    Raises:
+        ModelError: something reads the outputs that went.
+    """
+    old = [n for n in _all_nodes(proto.graph) if n.op_type == "BatchNormalization" and len(n.output) > 1]
+    if not old:
+        return proto
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    read = {name for node in _all_nodes(made.graph) for name in node.input} | {o.name for o in made.graph.output}
+    for node in _all_nodes(made.graph):
+        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx") or len(node.output) < 2:
+            continue
+        gone = [name for name in node.output[3:] if name in read]
+        if gone:
+            raise ModelError(
+                f"its saved statistics '{gone[0]}' are read, which no opset from {_TRAINING_MODE} on has",
+                where=describe_vertex(node.name or node.output[0], node.op_type),
+                hint="Export the model in inference form.",
+            )
+        del node.output[3:]
+        for k, kind in ((1, "mean"), (2, "var")):
+            node.output[k] = node.output[k] or f"{node.output[0]}.running_{kind}.out"  # no longer optional
+        node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    return made
 
 
 def _inline_newer(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:

@@ -31,7 +31,7 @@ def pass_through(graph: gs.Graph, opset: int, where: str) -> tuple[gs.Graph, lis
         raise ModelError(
             f"{shown}{more} compute with integers: there is no floating-point operator to differentiate",
             where=where,
-            hint="Quantise the floating-point model in QDQ format (quantize_static(..., quant_format=QuantFormat.QDQ)).",
+            hint="Quantise the model in QDQ format instead: quantize_static(..., quant_format=QuantFormat.QDQ).",
         )
     rebuild = Rebuild(graph)
     names = []

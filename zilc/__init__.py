@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from zilc.pipeline import Levelized, TrainingStep, emit_training, levelize
     from zilc.runtime import Trainer
+    from zilc.tracing import Trace, trace
     from zilc.verification import verify
 
 _HOME = {
@@ -30,6 +31,8 @@ _HOME = {
     "Levelized": "zilc.pipeline",
     "TrainingStep": "zilc.pipeline",
     "verify": "zilc.verification",
+    "trace": "zilc.tracing",
+    "Trace": "zilc.tracing",
     "Trainer": "zilc.runtime",
     "ZilcError": "zilc.errors",
     "ModelError": "zilc.errors",
@@ -52,11 +55,13 @@ __all__ = [
     "OptionError",
     "RequiresError",
     "RuntimeMissing",
+    "Trace",
     "Trainer",
     "TrainingStep",
     "ZilcError",
     "emit_training",
     "levelize",
+    "trace",
     "verify",
 ]
 

@@ -17,6 +17,7 @@ from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
 from zilc.passes.prepare import Prepared
 from zilc.passes.straight import pass_through
+from zilc.passes.train_mode import TrainMode, train_mode
 
 Names = str | Sequence[str] | None
 
@@ -36,6 +37,7 @@ class Structure:
         outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
         levels: where the placement of identities puts vertices; by default those of the longest path.
         longest: levels of the longest path, which fix the order of sums.
+        mode: what the training mode turned; None in inference form.
         straight: vertices of QuantizeLinear through which the gradient passes.
     """
 
@@ -46,6 +48,7 @@ class Structure:
     flow: Dataflow
     levels: Levels
     longest: Levels
+    mode: TrainMode | None = None
     straight: list[str] = field(default_factory=list)
 
     @property
@@ -60,22 +63,26 @@ def structure(
     dims: Mapping[str, int] | None = None,
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     opset: int | None = None,
+    mode: str = "eval",
     base_dir: str | os.PathLike[str] | None = None,
     straight_through: bool = False,
 ) -> Structure:
-    """Load, prepare, choose outputs, find levels."""
+    """Load, prepare, turn to training form if asked, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
     prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=name_list(output))
     straight: list[str] = []
     if straight_through:
         prepared.graph, straight = pass_through(prepared.graph, prepared.graph.opset, source.name)
+    turned: TrainMode | None = None
+    if mode == "train":
+        prepared.graph, turned = train_mode(prepared.graph)
     outputs = prepare.choose_outputs(prepared.graph, name_list(output), source.name)
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, straight)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned, straight)
 
 
 def placed(found: Structure, where: str) -> Structure:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +14,22 @@ from zilc import onnx_io
 from zilc.analysis import Names, Structure, name_list, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
-from zilc.feeds import checked_feeds, random_feeds, random_target
+from zilc.feeds import BATCH, STATISTICS_BATCH, arrays, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
-from zilc.pipeline import TrainingStep, emit_training, settle_losses
+from zilc.passes.train_mode import TrainMode
+from zilc.pipeline import Mode, TrainingStep, emit_training, settle_losses
 
 #: Largest directional error accepted, relative to |gradient| |direction|.  Central differences in float64 with a
 #: relative step of 1e-5 are good to about 1e-8; float32 gradients of deep networks reach 1e-3 (ZIL.md, section 8).
 TOLERANCE = {"float64": 1e-5, "float32": 5e-3}
 #: Sizes of a step relative to the parameter's norm.  Where a Relu or a MaxPool switches within a step, an error stays
-#: that is not the gradient's: then a shorter step is taken.  A wrong gradient is wrong along each of them.
-STEPS = (1e-5, 1e-7, 1e-9)
+#: that is not the gradient's: then a shorter step is taken.  Where the gradient is next to zero beside the others', as
+#: that of a bias whose mean the batch takes away again, the loss's rounding swamps a short step: then a longer one is
+#: taken.  A wrong gradient is wrong along each of them.
+STEPS = (1e-5, 1e-3, 1e-7, 1e-9)
+_TRAINING_FORM = "the model in training form: batch statistics, masks held"
 
 
 @dataclass
@@ -56,6 +59,7 @@ def verify(
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
+    mode: Mode = "eval",
     precision: Literal["float32", "float64"] = "float32",
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
@@ -67,6 +71,8 @@ def verify(
     """Compare the emitted Z-IL with the emitted BP, and with the model itself, on the same feeds.
 
     Args:
+        mode: with ``train``, differences are of the model in training form, with batch statistics and with the masks
+            of ``seed`` and step 0 held: a function that the file itself does not compute.
         precision: of the training graphs; central differences are always taken in float64.
         inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
         directions: random directions a parameter.
@@ -88,16 +94,20 @@ def verify(
     if straight:
         if precision != "float32":
             raise OptionError("quantised models have no float64 form", where="--precision", hint="Choose float32.")
+        if mode == "train":
+            raise OptionError(
+                "the straight-through line is that of the inference form", where="--mode", hint="Leave out --mode train."
+            )
         unrounded = _unrounded(source, inputs, seed, output, dims or {}, wrt)
     double = Source(to_float64(inline_functions(unrounded), source.base_dir), source.path)
     chosen = double if precision == "float64" else source
     shared: dict[str, Any] = {
         "loss": loss, "class_axis": class_axis, "output": output, "wrt": wrt, "freeze": freeze, "tie": tie,
-        "dims": dims, "opset": opset, "outputs": "grad", "straight_through": straight,
+        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode, "straight_through": straight,
     }  # fmt: skip
     zil = emit_training(chosen, **dynamics, **shared)
     bp = emit_training(chosen, algorithm="bp", **shared)
-    found = structure(double, output=output, dims=dims, tie=tie, opset=opset)
+    found = structure(double, output=output, dims=dims, tie=tie, opset=opset, mode=mode)
     losses = settle_losses(found, loss)
     forward = _Forward(found, zil)
     feeds = _feeds(found, inputs, seed, dims or {})
@@ -149,6 +159,8 @@ def verify(
             "precision": precision,
             "algorithm": zil.signature["algorithm"],
             "schedule": zil.signature["schedule"],
+            "mode": mode,
+            "differences_of": _TRAINING_FORM if found.mode and found.mode.turned else "the model",
             "levels": zil.signature["levels"],
             "executor": {"training": run.name, "differences": forward.executor.name},
             "straight_through": straight,
@@ -182,7 +194,8 @@ def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray
     """Gradients by leaf name; floating feeds are cast to the training graph's precision."""
     signature = step.signature
     given = {name: np.asarray(value) for name, value in feeds.items()}
-    given.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
+    held = [*signature["parameters"], *signature["carried"]]
+    given.update({entry["name"]: np.asarray(step.state[entry["name"]]) for entry in held})
     if precision == "float32":
         kinds = {i.name: i.type.tensor_type.elem_type for i in step.model.graph.input}
         given = {
@@ -196,17 +209,19 @@ def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray
 
 def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Inputs in float64.  float32 runs see them rounded, so they are rounded once for both."""
+    mode = found.mode or TrainMode()
+    drawn = {mode.seed: seed, mode.step: 0} if mode.seed else {}
+    own = [t for t in found.graph.inputs if t.name not in drawn]
     if inputs is None:
-        feeds = random_feeds(found.graph, seed, dims)
+        feeds = random_feeds(own, seed, dims, STATISTICS_BATCH if mode.batch_normalizations else BATCH)
     else:
-        arrays, where = _arrays(inputs)
-        feeds = checked_feeds(found.graph, arrays, where)
-    return {n: _rounded(v) for n, v in feeds.items()}
+        feeds = checked_feeds(own, *arrays(inputs))
+    return {
+        **{n: _rounded(v) for n, v in feeds.items()}, **{n: np.asarray(v, np.int64) for n, v in drawn.items() if n}
+    }  # fmt: skip
 
 
-def _unrounded(
-    source: Source, inputs: Any, seed: int, output: Names, dims: Mapping[str, int], wrt: Names
-) -> Source:
+def _unrounded(source: Source, inputs: Any, seed: int, output: Names, dims: Mapping[str, int], wrt: Names) -> Source:
     """The straight-through line of a quantised model at its feeds."""
     from zilc.surrogate import straight_line
 
@@ -227,25 +242,12 @@ def _rounded(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
 
 
-def _arrays(inputs: Any) -> tuple[Mapping[str, np.ndarray], str]:
-    if isinstance(inputs, Mapping):
-        return inputs, "inputs"
-    path = Path(inputs)
-    onnx_io.read_bytes(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {n: archive[n] for n in archive.files}, str(path)
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        hint = "Write it with numpy.savez."
-        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
-
-
 def _targets(
     step: TrainingStep, forward: _Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
     losses: Mapping[str, str], class_axis: int, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     rng = np.random.default_rng(seed + 2)
-    given = _arrays(inputs)[0] if inputs is not None else {}
+    given = arrays(inputs)[0] if inputs is not None else {}
     outputs = forward.outputs(feeds)
     targets = {}
     for entry in step.signature["targets"]:
@@ -261,7 +263,7 @@ def _targets(
 
 
 class _Forward:
-    """The model itself in float64, its trained leaves fed from outside."""
+    """The model itself in float64, in training form if asked, its trained leaves fed from outside."""
 
     def __init__(self, found: Structure, step: TrainingStep) -> None:
         self.outputs_wanted = list(found.outputs)
@@ -271,7 +273,12 @@ class _Forward:
         self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
         #: A tied tensor follows its leaf.
         self.followers = {b: tie for b, tie in found.prepared.ties.items() if tie[0] in self.values}
-        self.executor = executor(_opened(found.prepared.source.proto, self._fed({}), self.outputs_wanted))
+        proto = found.prepared.source.proto
+        if found.mode and found.mode.turned:
+            # In training form, where ties are made already.  What the compiler emits for BatchNormalization has no
+            # part in it: its training form stays one operator here.
+            proto, self.followers = _whole_batch_normalization(onnx_io.to_proto(found.graph)), {}
+        self.executor = executor(_opened(proto, self._fed({}), self.outputs_wanted))
 
     def _fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every opened initializer, some of them moved."""
@@ -309,6 +316,14 @@ class _Forward:
             y = targets.get(entry["name"]) if entry["name"] else None
             total += numpy_loss(losses[entry["output"]], np.asarray(outputs[entry["output"]]), y, axis)
         return total
+
+
+def _whole_batch_normalization(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """All three outputs of the training form, which the operator must have, read or not (in place)."""
+    for node in proto.graph.node:
+        if node.op_type == "BatchNormalization" and len(node.output) == 1:
+            node.output.extend(f"{node.output[0]}/{name}" for name in ("running_mean", "running_var"))
+    return proto
 
 
 def _opened(
