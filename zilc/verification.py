@@ -96,7 +96,7 @@ def verify(
             raise OptionError("quantised models have no float64 form", where="--precision", hint="Choose float32.")
         if mode == "train":
             raise OptionError(
-                "the straight-through line is that of the inference form", where="--mode", hint="Leave out --mode train."
+                "the straight-through line is that of the inference form", where="--mode", hint="Leave it out."
             )
         unrounded = _unrounded(source, inputs, seed, output, dims or {}, wrt)
     double = Source(to_float64(inline_functions(unrounded), source.base_dir), source.path)

@@ -99,8 +99,9 @@ def _quantize(
     return op.Where(inside, g, op.scalar_like(0, g))
 
 
-#: By operator, where a quantised tensor carries the gradient.
+#: By operator, where a quantised tensor carries the gradient.  Scales are held: half of their gradient would lie at
+#: QuantizeLinear, and fake quantisation with given scales has none.
 STRAIGHT = {
     "QuantizeLinear": Rule("QuantizeLinear", "", 1, (_quantize, None, None)),
-    "DequantizeLinear": Rule("DequantizeLinear", "", 1, (lambda op, g, y, *_, **__: g, _scale, None)),
+    "DequantizeLinear": Rule("DequantizeLinear", "", 1, (lambda op, g, y, *_, **__: g, None, None)),
 }
