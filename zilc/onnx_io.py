@@ -303,12 +303,21 @@ def holds_float64(model: onnx.ModelProto) -> bool:
     return any(i.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for i in interface)
 
 
+#: Set on quantised tensors through which the gradient passes as if they were not.
+STRAIGHT = "_zilc_straight"
+
+
+def is_straight(tensor: gs.Tensor) -> bool:
+    """Whether a quantised tensor carries the gradient (``--straight-through``)."""
+    return bool(getattr(tensor, STRAIGHT, False))
+
+
 def may_hold_floats(tensor: gs.Tensor) -> bool:
     """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
 
     What a foreign operator makes has no type unless the file says so.
     """
-    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
+    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None) or is_straight(tensor):
         return True
     return np_dtype(tensor.dtype) is None or is_float(tensor)
 
