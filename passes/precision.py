@@ -52,7 +52,8 @@ def _single_scales(graph: onnx.GraphProto, base_dir: str) -> list[onnx.TensorPro
         the copies of those that are constants; others are cast by a node.
     """
     held = {t.name: t for t in graph.initializer}
-    held.update({n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].t.dims})
+    constants = [n for n in graph.node if n.op_type == "Constant"]
+    held.update({n.output[0]: n.attribute[0].t for n in constants if n.attribute[0].t.dims})
     made: dict[str, onnx.TensorProto | onnx.NodeProto] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:

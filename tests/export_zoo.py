@@ -63,6 +63,7 @@ class Row:
     kind: str
     exporter: str
     status: str
+    opset: int = 0
     vertices: int = 0
     levels: int = 0
     identities: int = 0
@@ -93,7 +94,8 @@ def randomise(module: torch.nn.Module) -> None:
         owner, _, own = key.rpartition(".")
         scale = 0.2 if p.ndim < 3 else (2.0 / max(p[0].numel(), 1)) ** 0.5
         norm = "norm" in type(owners[owner]).__name__.lower() and own == "weight"
-        p.data = torch.from_numpy(_distinct(rng, p.shape, 0.7 if norm else 0.0, 0.2 if norm else scale, used)).to(p.dtype)
+        drawn = _distinct(rng, p.shape, 0.7 if norm else 0.0, 0.2 if norm else scale, used)
+        p.data = torch.from_numpy(drawn).to(p.dtype)
     for key, buffer in module.named_buffers():
         if key.endswith("running_mean"):
             buffer.copy_(torch.from_numpy(0.2 * rng.standard_normal(buffer.shape)))
@@ -132,7 +134,9 @@ def export(name: str, exporter: str) -> onnx.ModelProto:
     return _export(network, make(name), feeds, exporter)
 
 
-def _export(network: Network, module: torch.nn.Module, feeds: Mapping[str, np.ndarray], exporter: str) -> onnx.ModelProto:
+def _export(
+    network: Network, module: torch.nn.Module, feeds: Mapping[str, np.ndarray], exporter: str
+) -> onnx.ModelProto:
     way, _, extra = exporter.partition("-")
     arguments = tuple(torch.from_numpy(v) for v in feeds.values())
     options: dict[str, Any] = dict(network.options, input_names=list(feeds), output_names=["output"])
@@ -194,6 +198,7 @@ def examine(name: str, exporter: str) -> Row:
         module = make(name)
         feeds = feeds_of(name)
         file = _export(network, module, feeds, exporter)
+        row.opset = next(o.version for o in file.opset_import if o.domain in ("", "ai.onnx"))
     except ExporterError as error:
         row.status = f"exporter: {error}"
         return row
@@ -257,7 +262,8 @@ def run(
         given[step.signature["targets"][0]["name"]] = target
     names = {p["grad"]: p["name"] for p in step.signature["parameters"]}
     runtime = executor(step.model)
-    made = runtime({n: np.asarray(given[n]).astype(kind) for n, kind in kinds.items()}, [*names, step.signature["loss"]])
+    chosen = {n: np.asarray(given[n]).astype(kind) for n, kind in kinds.items()}
+    made = runtime(chosen, [*names, step.signature["loss"]])
     loss = float(made.pop(step.signature["loss"]))
     return {names[key]: g for key, g in made.items()}, loss, runtime.name
 
@@ -273,7 +279,8 @@ def by_graph(
     (mu,) = TorchGraph(file)(wide, leaves, [output])
     value = _loss(network, mu, target)
     made = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    gradients = {n: np.zeros(x.shape) if g is None else g.numpy() for (n, x), g in zip(leaves.items(), made, strict=True)}
+    pairs = zip(leaves.items(), made, strict=True)
+    gradients = {n: np.zeros(x.shape) if g is None else g.numpy() for (n, x), g in pairs}
     return gradients, value.item(), mu.detach().numpy()
 
 

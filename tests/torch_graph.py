@@ -153,7 +153,8 @@ def _ints(x: Any) -> list[int]:
 #: No gradient leaves these: ONNX's reference evaluator does them.
 _FLAT = frozenset(
     {"Shape", "Size", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "ArgMax", "ArgMin", "NonZero",
-     "IsNaN", "IsInf", "Sign", "Floor", "Ceil", "Round", "Not", "ConstantOfShape", "OneHot", "EyeLike", "RandomNormalLike"}
+     "IsNaN", "IsInf", "Sign", "Floor", "Ceil", "Round", "Not", "ConstantOfShape", "OneHot", "EyeLike",
+     "RandomNormalLike"}
 )  # fmt: skip
 
 
@@ -531,7 +532,8 @@ def _reverse_sequence(attrs: dict[str, Any], x: Tensor, lengths: Tensor) -> Tens
     rows = []
     for row, length in zip(x.unbind(batch), _ints(lengths), strict=True):
         axis = time - (time > batch)
-        rows.append(torch.cat([row.narrow(axis, 0, length).flip(axis), row.narrow(axis, length, row.shape[axis] - length)], axis))
+        rest = row.narrow(axis, length, row.shape[axis] - length)
+        rows.append(torch.cat([row.narrow(axis, 0, length).flip(axis), rest], axis))
     return torch.stack(rows, batch)
 
 
@@ -587,7 +589,9 @@ def _local_response(attrs: dict[str, Any], x: Tensor) -> Tensor:
 
 
 @runs("Attention")
-def _attention(attrs: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *past: Any) -> Tensor:
+def _attention(
+    attrs: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *past: Any
+) -> Tensor:
     if any(p is not None for p in past) or attrs["outputs"] > 1 or q.ndim != 4 or attrs.get("softcap"):
         raise NoTwin("Attention with a past, further outputs, flat heads or a soft cap")
     if k.shape[1] != q.shape[1]:
@@ -626,7 +630,7 @@ def _resize(
     mode, where = attrs.get("mode", "nearest"), attrs.get("coordinate_transformation_mode", "half_pixel")
     if "axes" in attrs or attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NoTwin("Resize of chosen axes")
-    corners = True if where == "align_corners" else False
+    corners = where == "align_corners"
     names = {"nearest": "nearest", "linear": ("linear", "bilinear", "trilinear")[x.ndim - 3], "cubic": "bicubic"}
     options: dict[str, Any] = {} if mode == "nearest" else {"align_corners": corners}
     if mode == "nearest" and (where != "asymmetric" or attrs.get("nearest_mode") != "floor"):
@@ -636,7 +640,8 @@ def _resize(
     if mode != "nearest" and where not in ("align_corners", "half_pixel", "pytorch_half_pixel"):
         raise NoTwin(f"Resize by {where}")
     if sizes is not None and sizes.numel():
-        return F.interpolate(x, size=_ints(sizes)[2:], mode=names[mode], antialias=bool(attrs.get("antialias")), **options)
+        options["antialias"] = bool(attrs.get("antialias"))
+        return F.interpolate(x, size=_ints(sizes)[2:], mode=names[mode], **options)
     factors = [float(f) for f in scales[2:]]  # type: ignore[index]
     options["recompute_scale_factor"] = False
     return F.interpolate(x, scale_factor=factors, mode=names[mode], **options)
@@ -649,7 +654,8 @@ def _recurrent(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     hidden = r.shape[2]
     kind = {4: "LSTM", 3: "GRU", 1: "RNN"}[r.shape[1] // hidden]
-    odd = attrs.get("layout") or peepholes is not None or "activations" in attrs and kind != "RNN" or "clip" in attrs
+    named = "activations" in attrs and kind != "RNN"
+    odd = attrs.get("layout") or peepholes is not None or named or "clip" in attrs
     if odd:
         raise NoTwin(f"{kind} with peepholes, other activations or batch first")
     ways = w.shape[0]

@@ -1,4 +1,4 @@
-"""Networks as people write them, small, for the exporters: name -> Network.  The weights are random, nothing is loaded."""
+"""Networks as people write them, small, for the exporters: name -> Network.  Weights are random, nothing is loaded."""
 
 from __future__ import annotations
 

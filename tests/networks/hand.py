@@ -141,7 +141,8 @@ class GraphConvolution(nn.Module):
     def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
         for layer in (self.one, self.two):
             h = layer(x)
-            degree = torch.zeros(x.shape[0], dtype=x.dtype).index_add(0, edges[1], torch.ones(edges.shape[1], dtype=x.dtype))
+            ones = torch.ones(edges.shape[1], dtype=x.dtype)
+            degree = torch.zeros(x.shape[0], dtype=x.dtype).index_add(0, edges[1], ones)
             summed = torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
             x = torch.tanh(summed / degree.clamp(min=1).unsqueeze(-1) + h)
         return x
@@ -250,7 +251,8 @@ def _spectral(m: Model, x: torch.Tensor) -> torch.Tensor:
 
 def _polynomial(m: Model, x: torch.Tensor) -> torch.Tensor:
     h = m.a(x)
-    return m.c(torch.stack([h, h**2, torch.prod(m.b(x), -1, keepdim=True) * h, torch.sign(h) * h.abs().sqrt()], -1)).sum(-1)
+    product = torch.prod(m.b(x), -1, keepdim=True)
+    return m.c(torch.stack([h, h**2, product * h, torch.sign(h) * h.abs().sqrt()], -1)).sum(-1)
 
 
 def _norms(m: Model, x: torch.Tensor) -> torch.Tensor:
@@ -279,12 +281,14 @@ def images(channels: int = 3, size: int = 16) -> Inputs:
 
 
 def _mobile(act: type[nn.Module], gate: type[nn.Module]) -> list[nn.Module]:
-    return [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), act(), Inverted(8, act, gate),
-            Inverted(8, act, gate), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, LABELS)]  # fmt: skip
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, LABELS)]
+    blocks = [Inverted(8, act, gate), Inverted(8, act, gate)]
+    return [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), act(), *blocks, *head]
 
 
 def _normed(norm: Callable[[int], nn.Module], act: nn.Module) -> list[nn.Module]:
-    return [nn.Conv2d(3, 8, 3), norm(8), act, nn.Conv2d(8, 8, 3), norm(8), act, nn.Flatten(), nn.Linear(8 * 144, LABELS)]
+    head = [nn.Flatten(), nn.Linear(8 * 144, LABELS)]
+    return [nn.Conv2d(3, 8, 3), norm(8), act, nn.Conv2d(8, 8, 3), norm(8), act, *head]
 
 
 ACTIVATIONS = (

@@ -1,4 +1,4 @@
-"""Images: convolutional networks, transformers with windows and hierarchies, segmentation, detection, image and text."""
+"""Images: convolutional networks, vision transformers with windows and hierarchies, segmentation, detection."""
 
 from __future__ import annotations
 
