@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
 import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -41,6 +43,8 @@ EXACT = 1e-12
 ZERO = 1e-12
 #: float32: K levels round by an ulp or two each; below this, times sqrt(K), twice PyTorch's error says nothing.
 FLOOR = 2 * 2.0**-23
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ExporterError(Exception):
@@ -143,7 +147,8 @@ def _export(
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # A failing exporter prints the whole graph.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             if way == "dynamo":
                 if extra == "dynamic":
@@ -159,8 +164,11 @@ def _export(
             file = io.BytesIO()
             torch.onnx.export(module, arguments, file, dynamo=False, **options)
     except Exception as error:
-        lines = [s for s in str(error).strip().splitlines() if s.strip()]
-        raise ExporterError(f"{type(error).__name__}: {lines[0][:160] if lines else ''}") from error
+        root: BaseException = error
+        while root.__cause__ is not None:  # the exporter wraps its reason in advice
+            root = root.__cause__
+        lines = [s for s in _COLOURS.sub("", str(root)).splitlines() if s.strip()]
+        raise ExporterError(f"{type(root).__name__}: {lines[0].strip()[:160] if lines else ''}") from error
     finally:
         logging.disable(level)
     return onnx.load_from_string(file.getvalue())

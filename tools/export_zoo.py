@@ -50,7 +50,7 @@ def main() -> int:
     if given.missing:
         chosen = [k for k in chosen if k not in rows or not settled(rows[k]["status"])]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, max_tasks_per_child=25) as pool:
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, max_tasks_per_child=60) as pool:
         waiting = {pool.submit(examine, *k): k for k in chosen}
         for done in concurrent.futures.as_completed(waiting):
             key = waiting[done]
@@ -93,7 +93,7 @@ def examine(network: str, exporter: str) -> dict[str, Any]:
 
 def settled(status: str) -> bool:
     """Whether a row needs nothing more of zilc."""
-    return status == "right" or status.startswith(("exporter:", "refused:", "PyTorch:"))
+    return status == "right" or status.startswith("exporter:")
 
 
 def read() -> dict[tuple[str, str], dict[str, Any]]:
