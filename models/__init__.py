@@ -1,4 +1,4 @@
-"""Networks as ONNX models, by name: the paper's, and a small one for digits.
+"""Networks as ONNX models, by name: the paper's, a decoder like GPT-2, and a small one for digits.
 
 ``build("mlp3", hidden=16)`` gives a checked ``onnx.ModelProto``; every network takes ``batch``, ``seed``,
 ``opset``, ``dtype`` and its own sizes.  The same options give the same bytes.
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from zilc.errors import OptionError
-from zilc.models import alexnet, digits, mlp, residual, resnet18, rnn, skip, transformer
+from zilc.models import alexnet, decoder, digits, mlp, residual, resnet18, rnn, skip, transformer
 
 _BUILDERS: dict[str, Callable[..., onnx.ModelProto]] = {
     "skip": skip.build,
@@ -25,6 +25,7 @@ _BUILDERS: dict[str, Callable[..., onnx.ModelProto]] = {
     "resnet18": resnet18.build,
     "rnn": rnn.build,
     "transformer": transformer.build,
+    "decoder": decoder.build,
     "digits": digits.build,
 }
 

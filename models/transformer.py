@@ -53,7 +53,7 @@ def build(
         h = op.Add(h, _positions(net, length, d_model))
     for index in range(1, layers + 1):
         name = f"layer{index}"
-        mixed = _attention(net, h, f"{name}.attention", length, d_model, heads, causal)
+        mixed = attention(net, h, f"{name}.attention", length, d_model, heads, causal=causal)
         h = _add_and_norm(net, h, mixed, f"{name}.norm1", d_model)
         inner = net.projection(h, f"{name}.feedforward1", d_model, d_ff)
         with op.place(f"{name}.feedforward1"):
@@ -78,8 +78,8 @@ def _positions(net: Network, length: int, d_model: int) -> gs.Tensor:
         return op.Reshape(pairs, [length, d_model])
 
 
-def _attention(
-    net: Network, x: gs.Tensor, name: str, length: int, d_model: int, heads: int, causal: bool
+def attention(
+    net: Network, x: gs.Tensor, name: str, length: int, d_model: int, heads: int, *, causal: bool = True
 ) -> gs.Tensor:
     """softmax(Q Kᵀ / √d_k) V in ``heads`` heads; a masked score counts as the lowest float32, not as -∞."""
     op, d_head = net.op, d_model // heads

@@ -9,6 +9,7 @@
 5. ``dynamics``    the equations of one inference step, as terms
 6. ``wavefront``   the same equations, specialised: what is left of them at each step
    ``literal``     the same equations as they stand, in a Loop: the reference, inference learning, the ablations
+   ``tracing``     what the literal loop says of each step, if asked
    ``reverse``     plain reverse mode, the yardstick, which shares only rules, order of sums and clean-up
 7. ``training``    terms, losses and optimizers as ONNX nodes around the forward graph
 8. ``simplify``    what emission leaves behind

@@ -38,7 +38,7 @@ def inline_control_flow(graph: gs.Graph, notes: list[str], *, limit: int = LIMIT
         made, changed = _once(graph, said, limit)
         notes.extend(said if not changed else [line for line in said if "unrolled" in line])
         if not changed:
-            return made
+            return graph
         graph = made
 
 
@@ -59,7 +59,7 @@ def _once(graph: gs.Graph, notes: list[str], limit: int) -> tuple[gs.Graph, bool
         label = describe_vertex(node.name or node.outputs[0].name, node.op)
         op.forget()
         with op.place(node.name or node.outputs[0].name):
-            results, what = _write_out(op, copy, values, limit)
+            results, what = _write_out(op, copy, values, limit, iterations_read(node))
             if results is None:
                 for discarded in rebuild.nodes[first:]:
                     discarded.inputs.clear()
@@ -108,7 +108,7 @@ def _name(
 
 
 def _write_out(
-    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int
+    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int, read: int | None
 ) -> tuple[list[gs.Tensor] | None, str]:
     """The node's outputs in nodes of its subgraph and how often that ran; or None, and why not."""
     if node.op == "If":
@@ -119,7 +119,7 @@ def _write_out(
         return instantiate(op, node.attrs[branch], {})[0], ""
     if node.op == "Scan":
         return _scan(op, node, limit)
-    return _loop(op, node, values, limit)
+    return _loop(op, node, values, limit, read)
 
 
 def _scan(op: Emitter, node: gs.Node, limit: int) -> tuple[list[gs.Tensor] | None, str]:
@@ -165,14 +165,20 @@ def _scan(op: Emitter, node: gs.Node, limit: int) -> tuple[list[gs.Tensor] | Non
 
 
 def _loop(
-    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int
+    op: Emitter, node: gs.Node, values: dict[str, np.ndarray | None], limit: int, read: int | None = None
 ) -> tuple[list[gs.Tensor] | None, str]:
+    """``read``: how many iterations made what is read of sequences that grow, where no more can be told."""
     body = node.attrs["body"]
     trips = _value(op, node.inputs[0], values) if node.inputs[0].name else np.asarray(limit + 1)
     condition = node.inputs[1] if len(node.inputs) > 1 and node.inputs[1].name else None
     going = np.asarray(True) if condition is None else _value(op, condition, values)
     if trips is None or going is None:
-        return None, "the number of iterations is known only at run time"
+        if read is None:
+            return None, "the number of iterations is known only at run time"
+        # Whoever reads an element that is not there fails: so far the loop has come, whatever its condition says.
+        trips, going, condition = np.asarray(read), np.asarray(True), None
+    else:
+        read = None
     most, carried = int(np.squeeze(trips)), list(node.inputs[2:])
     made: list[list[gs.Tensor]] = [[] for _ in range(len(body.outputs) - 1 - len(carried))]
     base, t = op.prefix, 0
@@ -184,7 +190,7 @@ def _loop(
             start = [op.constant(np.asarray(t, np.int64)), op.constant(np.asarray(True)), *carried]
             results, nodes = instantiate(op, body, {i.name: x for i, x in zip(body.inputs, start, strict=True)})
             settle_shapes(op, nodes)
-        going = _value(op, results[0], values)
+        going = going if read is not None else _value(op, results[0], values)
         carried = results[1 : 1 + len(carried)]
         for into, result in zip(made, results[1 + len(carried) :], strict=True):
             into.append(result)
@@ -194,6 +200,80 @@ def _loop(
     if not t and made:
         return None, "it has no iterations"
     return [*carried, *(_stack(op, ys, 0) for ys in made)], f"{t} iteration{'' if t == 1 else 's'}"
+
+
+def iterations_read(loop: gs.Node) -> int | None:
+    """How many iterations of a Loop made the elements that are read of what it gives.
+
+    None unless all that is read of it are elements, by constant positions from the front, of sequences that begin
+    with a known length and to whose end every iteration adds one.
+
+    Before:  s -> Loop (s -> SequenceInsert(s, x)) -> t -> SequenceAt(t, 3)
+    After:   four elements less those of s are as many iterations, however many more the loop runs
+    """
+    if loop.op != "Loop":
+        return None
+    most = 0
+    for k, output in enumerate(loop.outputs):
+        carried = k < len(loop.inputs) - 2
+        if not output.name or (carried and not output.outputs):
+            continue
+        if not carried or not _appends(loop.attrs["body"], k):
+            return None
+        length = _length(loop.inputs[2 + k])
+        if length is None:
+            return None
+        for reader in output.outputs:
+            at = reader.inputs[1] if reader.op == "SequenceAt" and len(reader.inputs) == 2 else None
+            position = int(onnx_io.values(at).reshape(-1)[0]) if isinstance(at, gs.Constant) else -1
+            if position < 0:
+                return None
+            most = max(most, position + 1 - length)
+    return most or None
+
+
+def _length(sequence: gs.Tensor) -> int | None:
+    """The length of a sequence, where the graph says it."""
+    node = sequence.inputs[0] if isinstance(sequence, gs.Variable) and sequence.inputs else None
+    if node is None or node.domain not in (None, "", "ai.onnx"):
+        return None
+    if node.op in ("Identity", "Optional") and node.inputs:
+        return _length(node.inputs[0])
+    return {"SequenceConstruct": len(node.inputs), "SequenceEmpty": 0}.get(node.op)
+
+
+def _appends(body: gs.Graph, k: int) -> bool:
+    """Whether an iteration gives the k-th state that it was given, one element longer at its end."""
+    state, at, added = body.inputs[2 + k].name, body.outputs[1 + k], 0
+    while at.name != state:
+        node = at.inputs[0] if isinstance(at, gs.Variable) and at.inputs else None
+        if node is None or node.domain not in (None, "", "ai.onnx") or not node.inputs:
+            return False
+        if node.op == "If":
+            # Whether an optional is there: it is, the state being a sequence.
+            present = _is_there(node.inputs[0], state)
+            if present is None:
+                return False
+            at = node.attrs["then_branch" if present else "else_branch"].outputs[node.outputs.index(at)]
+            continue
+        added += node.op == "SequenceInsert"
+        if node.op not in ("SequenceInsert", "Identity", "Optional", "OptionalGetElement"):
+            return False
+        if node.op == "SequenceInsert" and len(node.inputs) > 2 and node.inputs[2].name:
+            return False
+        at = node.inputs[0]
+    return added == 1
+
+
+def _is_there(condition: gs.Tensor, state: str) -> bool | None:
+    """A condition that asks whether ``state`` holds anything, if it holds something."""
+    node = condition.inputs[0] if isinstance(condition, gs.Variable) and condition.inputs else None
+    if node is None or not node.inputs:
+        return None
+    if node.op == "Not":
+        inner = _is_there(node.inputs[0], state)
+        return None if inner is None else not inner
+    return True if node.op == "OptionalHasElement" and node.inputs[0].name == state else None
 
 
 def _stack(op: Emitter, slices: Sequence[gs.Tensor], axis: int) -> gs.Tensor:

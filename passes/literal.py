@@ -32,6 +32,7 @@ from zilc.graph import captured, copy_node, copy_subgraph
 from zilc.losses import LOSSES
 from zilc.passes.dynamics import Difference, Dynamics, Error, Prediction, Pull, Scaled, Sum, Term
 from zilc.passes.simplify import drop_dead
+from zilc.passes.tracing import Recorder, Trace, plan_trace
 from zilc.passes.training import TrainingGraph
 from zilc.passes.wavefront import arithmetic
 from zilc.vjp import table
@@ -57,13 +58,26 @@ class Literal:
     noise: float = 0.0
 
 
-def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[str], how: Literal) -> None:
+def emit_literal(
+    training: TrainingGraph,
+    dynamics: Dynamics,
+    leaves: Sequence[str],
+    how: Literal,
+    *,
+    full: Sequence[str] | None = None,
+) -> Trace | None:
     """Emit the loop, and hand each leaf's gradient to the training graph.
 
     Requires: every vertex of ``dynamics.flow`` has a rule.  The graph need not be levelled.
+
+    Args:
+        full: None for no traces; else every vertex is traced, these with whole tensors.
     """
     op, level_of = training.op, dynamics.levels.leaves
     model = _Model(training, dynamics, how.fixed_predictions)
+    trace = None if full is None else plan_trace(op, dynamics, model.moving, full)
+    recorder = None if trace is None else Recorder(trace)
+    scanned: dict[str, gs.Tensor] = {}  # output of the training graph -> what the loop stacked
     start = _start(op, model, how)
     with op.place("inference/start", vertex="inference", role="error", step=0):
         none = {name: op.zeros_like(training._tensors[name]) for name in leaves}
@@ -84,6 +98,14 @@ def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[s
         stepping = inner.Greater(loop.round, inner.constant(np.asarray(0, np.int64))) if before else None
 
     now = model.state(inner, x, mu, eps, computed)
+    if trace is not None and recorder is not None:
+        error, energy = recorder.errors(inner, now.eps, now.losses)
+        scanned[trace.names["error"]] = loop.scan("trace/error", error)
+        scanned[trace.names["energy"]] = loop.scan("trace/energy", energy)
+        for name, names in trace.tensors.items():
+            scanned[names["error"]] = loop.scan(f"{name}.trace/error", now.eps[name])
+            if "value" in names:
+                scanned[names["value"]] = loop.scan(f"{name}.trace/value", x[name])
     for name, tensor in kept.items():
         level = level_of[name]
         with inner.place(f"{name}.gradient", vertex=name, level=level, role="update"):
@@ -92,6 +114,7 @@ def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[s
             chosen = inner.Equal(loop.round, inner.constant(np.asarray(t + before, np.int64)))
             loop.hand_on(tensor, tensor if pulled is None else inner.Where(chosen, pulled, tensor))
     moved: Tensors = {}
+    moves: Tensors = {}
     for name in model.moving:
         with inner.place(f"{name}.move", vertex=name, level=dynamics.level(name), role="error"):
             move = dynamics.move(name, 0)
@@ -100,6 +123,15 @@ def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[s
                 step = now.made[move] = inner.Where(stepping, step, inner.scalar_like(0, step))
             moved[name] = x[name] if step is None else inner.Add(x[name], step)
             loop.hand_on(x[name], moved[name])
+            if step is not None:
+                moves[name] = step
+    if trace is not None and recorder is not None:
+        scanned[trace.names["movement"]] = loop.scan("trace/movement", recorder.movements(inner, moves))
+        for name, names in trace.tensors.items():
+            if "movement" in names:
+                with inner.place(f"{name}.trace", vertex=name, role="trace"):
+                    whole = moves[name] if name in moves else inner.zeros_like(x[name])
+                scanned[names["movement"]] = loop.scan(f"{name}.trace/movement", whole)
     following = now
     if stepping is not None:
         later = model.predict(inner, moved)
@@ -126,8 +158,8 @@ def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[s
             loop.hand_on(eps[name], inner.zeros_like(eps[name]) if result is None else result)
     last = loop.finish(how.steps + before)
 
-    if read_after:
-        end_mu = mu if how.fixed_predictions else {name: last[t.name] for name, t in mu.items()}
+    if read_after or trace is not None:
+        end_mu = mu if how.fixed_predictions else {name: last[t.name] for name, t in mu.items() if t.name in last}
         values, errors = ({name: last[t.name] for name, t in of.items()} for of in (x, eps))
         with op.place("inference/end", vertex="inference", role="error", step=how.steps):
             end = model.state(op, values, end_mu, errors, {})
@@ -139,6 +171,24 @@ def emit_literal(training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[s
         else:
             gradient = last[kept[name].name]
         training.gradient(name, gradient, level_of[name])
+    if trace is not None and recorder is not None:
+        with op.place("trace", vertex="trace", role="trace", step=how.steps):
+            ends = dict(zip((trace.names["error"], trace.names["energy"]),
+                            recorder.errors(op, end.eps, end.losses), strict=True))  # fmt: skip
+            for name, names in trace.tensors.items():
+                ends[names["error"]] = end.eps[name]
+                if "value" in names:
+                    ends[names["value"]] = values[name]
+            like = {names[key]: model.forward[name] for name, names in trace.tensors.items() for key in names}
+            for name, stacked in scanned.items():
+                # The round before step 0 saw the state of step 0, and nothing moved in it.
+                rows = op.Slice(stacked, [1], [how.steps + 1], [0]) if before else stacked
+                if name in ends:
+                    rows = op.Concat(rows, op.Unsqueeze(ends[name], [0]), axis=0)
+                training.output(name, rows)
+                if name in like and like[name].shape is not None:
+                    rows.shape = [how.steps + (name in ends), *like[name].shape]
+    return trace
 
 
 def fixed_predictions(term: Term) -> Term:
@@ -164,6 +214,7 @@ class _State:
         mu: predictions as rules and losses read them, optional outputs of vertices among them.
         eps: prediction errors; what is absent is zero.
         computed: predictions as this step computed them, which a drift is the difference of.
+        losses: the loss of each clamped output.
         made: values of terms at this state, so that each is built once.
     """
 
@@ -171,6 +222,7 @@ class _State:
     mu: Tensors
     eps: Tensors
     computed: Tensors = field(default_factory=dict)
+    losses: Tensors = field(default_factory=dict)
     made: dict[Term, gs.Tensor | None] = field(default_factory=dict)
     views: dict[int, _View] = field(default_factory=dict)
 
@@ -259,13 +311,14 @@ class _Model:
 
     def state(self, op: Emitter, x: Tensors, mu: Tensors, eps: Tensors, computed: Tensors) -> _State:
         """A state with the errors of the clamped outputs: eps_out = dL/dmu_out at the prediction of this step."""
-        clamped = dict(self.training.clamped)
+        clamped, losses = dict(self.training.clamped), dict(self.training.losses)
         if not self.fixed:
             with op.place("inference/clamp", vertex="inference", level=0, role="error"):
                 for c in self.training.clamps:
                     target = self.training.target_of(c)
-                    clamped[c.tensor] = LOSSES[c.loss].emit(op, mu[c.tensor], target, c.class_axis)[1]
-        return _State(self.forward if self.fixed else x, mu, {**eps, **clamped}, computed)
+                    made = LOSSES[c.loss].evaluate(op, mu[c.tensor], target, c.class_axis)
+                    losses[c.tensor], clamped[c.tensor] = made
+        return _State(self.forward if self.fixed else x, mu, {**eps, **clamped}, computed, losses)
 
     def value(self, op: Emitter, term: Term, *states: _State) -> gs.Tensor | None:
         """A term as a tensor, its step t being the t-th of ``states``; None stands for zero."""
@@ -352,6 +405,7 @@ class _Loop:
         self.body.inputs = [self.round, self._go]
         self._first: Tensors = {}
         self._next: Tensors = {}
+        self._scans: list[tuple[gs.Tensor, gs.Variable, str]] = []  # in the body, outside, its name in the body
 
     def carry(self, name: str, first: gs.Tensor) -> gs.Variable:
         """The body's tensor for what begins as ``first``."""
@@ -365,6 +419,14 @@ class _Loop:
     def hand_on(self, carried: gs.Variable, following: gs.Tensor) -> None:
         """What a carried tensor is in the next step."""
         self._next[carried.name] = following
+
+    def scan(self, name: str, tensor: gs.Tensor) -> gs.Variable:
+        """A tensor of the body, stacked over all rounds on a new axis 0."""
+        op, dims = self._outside, self.op.dims(tensor)
+        shape = None if dims is None else [None, *dims]
+        made = gs.Variable(op.fresh(name), dtype=self.op.dtype(tensor), shape=shape)
+        self._scans.append((tensor, made, f"{name}.round"))
+        return made
 
     def drop(self, carried: gs.Variable) -> None:
         """Carry it no more: the body does not read it."""
@@ -381,15 +443,20 @@ class _Loop:
         op = self._outside
         self.body.outputs = [self._result(self._go, "inference/again")]
         self.body.outputs += [self._result(self._next[name], f"{name}.next") for name in self._first]
+        self.body.outputs += [self._result(tensor, name) for tensor, _, name in self._scans]
         drop_dead(self.body)  # the losses' values, for one
         last: Tensors = {
             name: gs.Variable(op.fresh(f"{name}.last"), dtype=op.dtype(first), shape=first.shape)
             for name, first in self._first.items()
         }
+        for _, made, _ in self._scans:
+            if made.shape is not None:
+                made.shape[0] = rounds
         count, go = op.constant(np.asarray(rounds, np.int64)), op.constant(np.asarray(True))
         node = gs.Node(
             "Loop", name=op.fresh("inference"), attrs={"body": self.body},
-            inputs=[count, go, *self._first.values()], outputs=list(last.values()),
+            inputs=[count, go, *self._first.values()],
+            outputs=[*last.values(), *(made for _, made, _ in self._scans)],
         )  # fmt: skip
         node.metadata = {"zilc.vertex": "inference", "zilc.role": "error"}
         op.graph.nodes.append(node)

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import Dataflow, every_node
+from zilc.graph import FROZEN, Dataflow, every_node
 
 #: Values are looked at only in tensors smaller than this; larger ones are never read.
 READ_LIMIT = 1 << 20
@@ -79,7 +79,10 @@ class Selection:
 def candidates(graph: gs.Graph, flow: Dataflow) -> list[Candidate]:
     """Every floating initializer with the default verdict."""
     consumers: dict[str, list[tuple[gs.Node, int]]] = {}
+    frozen = {t.name for node in graph.nodes if getattr(node, FROZEN, False) for t in node.inputs}
     for node in every_node(graph):
+        if getattr(node, FROZEN, False):
+            continue
         for k, tensor in enumerate(node.inputs):
             if tensor.name:
                 consumers.setdefault(tensor.name, []).append((node, k))
@@ -90,8 +93,8 @@ def candidates(graph: gs.Graph, flow: Dataflow) -> list[Candidate]:
     made = []
     for name in order:
         tensor = everything[name]
-        if not onnx_io.is_float(tensor):
-            continue
+        if not onnx_io.is_float(tensor) or (name in frozen and name not in consumers):
+            continue  # constants of batch statistics and masks are the compiler's own
         uses = _uses(name, consumers)
         reason = _reason(tensor, uses, name in active, consumers)
         dtype = onnx_io.np_dtype(tensor.dtype)

@@ -20,17 +20,20 @@ import onnx.shape_inference
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
-from zilc.errors import ModelError, OptionError
+from zilc import foreign, onnx_io
+from zilc.errors import ModelError, OptionError, describe_vertex
 from zilc.graph import INSERTED, Rebuild, fresh_name
 from zilc.onnx_io import MAX_OPSET, MIN_OPSET, FilledValues, Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
+from zilc.passes.ranks import scalar_bounds, settle_ranks
 from zilc.passes.sequences import resolve_sequences
 from zilc.passes.unroll import unroll
 
 #: Recurrences that ONNX says by a loop: what is in the loop are the vertices.
 _BY_BODY = frozenset({("", "LinearAttention")})
+#: From this opset on BatchNormalization says by an attribute which form it is in.
+_TRAINING_MODE = 14
 
 @dataclass
 class Prepared:
@@ -78,10 +81,16 @@ def prepare(
     graph = lift_constants(graph)
     graph = name_casts(graph)
     notes: list[str] = []
-    graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
-    straight = inline_control_flow(graph, notes)
-    graph = graph if straight is graph else reinfer(straight)
-    graph = resolve_sequences(graph)
+    while True:
+        graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
+        said: list[str] = []
+        straight = inline_control_flow(graph, said)
+        notes += [line for line in said if line not in notes]
+        if straight is graph:
+            break
+        graph = reinfer(straight)  # branches and bodies may hold sequences, whose length decides about others
+    settled = settle_ranks(scalar_bounds(graph))
+    graph = graph if settled is graph else reinfer(settled)
     graph = unroll(graph, notes)
     graph = remove_identities(graph, keep=keep)
     prepared = Prepared(graph, source, notes=notes)
@@ -131,6 +140,8 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             hint="Upgrade onnx, or export with a lower opset.",
         )
     proto = _inline_newer(proto, target)
+    if current < _TRAINING_MODE:
+        proto = _mark_training_form(proto, where)
     if current == target:
         return proto
     if current == 8 and any(node.op_type == "Scan" and not node.domain for node in proto.graph.node):
@@ -147,6 +158,38 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
             where=where,
             hint=f"Export the model with opset {MIN_OPSET} to {MAX_OPSET}.",
         ) from error
+
+
+def _mark_training_form(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """Before opset 14 a BatchNormalization is in training form if it has more outputs than Y; then by an attribute.
+
+    onnx's converter takes neither the two outputs that went (saved statistics), nor notes the form: the outputs are
+    dropped here, and the attribute is written, which older operators ignore.
+
+    Raises:
+        ModelError: something reads the outputs that went.
+    """
+    old = [n for n in _all_nodes(proto.graph) if n.op_type == "BatchNormalization" and len(n.output) > 1]
+    if not old:
+        return proto
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    read = {name for node in _all_nodes(made.graph) for name in node.input} | {o.name for o in made.graph.output}
+    for node in _all_nodes(made.graph):
+        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx") or len(node.output) < 2:
+            continue
+        gone = [name for name in node.output[3:] if name in read]
+        if gone:
+            raise ModelError(
+                f"its saved statistics '{gone[0]}' are read, which no opset from {_TRAINING_MODE} on has",
+                where=describe_vertex(node.name or node.output[0], node.op_type),
+                hint="Export the model in inference form.",
+            )
+        del node.output[3:]
+        for k, kind in ((1, "mean"), (2, "var")):
+            node.output[k] = node.output[k] or f"{node.output[0]}.running_{kind}.out"  # no longer optional
+        node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    return made
 
 
 def _inline_newer(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
@@ -311,7 +354,18 @@ def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onn
 
 
 def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew."""
+    """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew.
+
+    What operators of custom domains make is told by their registered inference (:mod:`zilc.rules`), one row of them
+    after the other, since what follows each hangs on it.
+    """
+    made = _infer(proto, where)
+    while foreign.add_types(made):
+        made = _infer(made, where)
+    return made
+
+
+def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):

@@ -1,7 +1,7 @@
 """Clean-up after emission, the same for Z-IL and for reverse mode.
 
-Repeated work is never emitted (the emitter reuses what it made).  Left to do here: what no output reads is dropped, and
-a plain SGD update is folded into the product that makes the gradient.
+Repeated work is never emitted (the emitter reuses what it made).  Left to do here: sums of products become one product,
+the update of a large matrix joins the product that makes its gradient, and what no output reads is dropped.
 """
 
 from __future__ import annotations
@@ -9,18 +9,27 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from zilc import onnx_io
+from zilc.emit import Emitter, names_of
 from zilc.graph import captured
 
 #: A matrix of more elements than this (4 MiB in float32) no longer stays in the cache between passes.
 IN_CACHE = 1 << 20
+#: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
+SMALL = 1 << 18
 
 
-def simplify(graph: gs.Graph) -> gs.Graph:
+def simplify(graph: gs.Graph, *, updates: bool = True) -> gs.Graph:
     """Run the clean-up (in place).
+
+    Args:
+        updates: the outputs are updates, no gradients.
 
     Ensures: outputs keep their names and meaning; every node lies on a path to an output.
     """
-    fold_updates(graph)
+    if updates:
+        join_sums(graph)
+        fold_updates(graph)
     return drop_dead(graph)
 
 
@@ -40,67 +49,178 @@ def drop_dead(graph: gs.Graph) -> gs.Graph:
     return graph
 
 
-def fold_updates(graph: gs.Graph) -> None:
-    """Plain SGD on a matrix: the learning rate goes into the smaller factor of the gradient's product (in place).
+def join_sums(graph: gs.Graph) -> None:
+    """A sum of products is one product over a longer contraction, which a leaf shared over time needs (in place).
 
-    Before:  g = Gemm(A', B'),  W.next = Sub(W, Mul(g, lr))
-    After:   W.next = Sub(W, Gemm(A', Mul(B', lr)))              for a matrix that stays in the cache
-             W.next = Gemm(A', Mul(B', Neg(lr)), W)              for a larger one
+    Before:  Add(Add(Gemm(A1, B1), Gemm(A2, B2)), Gemm(A3, B3))
+    After:   Gemm(Concat(A1, A2, A3), Concat(B1, B2, B3)), along the axes that are summed over
 
-    Both save a pass over a tensor of the weight's size; the second writes no gradient at all, which is most of the
-    memory traffic of a wide layer, while on small ones onnxruntime's copy of the addend costs more than it saves.
-    Only where nothing else reads the gradient.
+    Before:  Add(Add(ReduceSum(x1), ReduceSum(x2)), ReduceSum(x3))
+    After:   ReduceSum(Sum(x1, x2, x3))
+
+    Only where copying the factors moves less memory than the sums that vanish: a weight read at 28 time steps by a
+    batch of 20 costs 28 passes over a gradient of its size.  Not where gradients are outputs: those keep the order of
+    sums that the dynamics define.
     """
-    readers: dict[str, int] = {}
-    maker: dict[str, gs.Node] = {}
-    for node in graph.nodes:
-        for tensor in node.inputs:
-            readers[tensor.name] = readers.get(tensor.name, 0) + 1
-        for tensor in node.outputs:
-            maker[tensor.name] = node
-    for tensor in graph.outputs:
-        readers[tensor.name] = readers.get(tensor.name, 0) + 1
-    inputs = {t.name for t in graph.inputs}
-    negated: dict[str, gs.Variable] = {}
+    users = Users(graph)
+    inner = {id(node) for node in graph.nodes if node.op == "Add" and _is_inner(node, users)}
+    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
     replaced: dict[int, list[gs.Node]] = {}
-    for sub in graph.nodes:
-        if sub.op != "Sub" or sub.inputs[0].name not in inputs or readers[sub.inputs[1].name] != 1:
+    for root in graph.nodes:
+        if root.op != "Add" or id(root) in inner:
             continue
-        mul = maker.get(sub.inputs[1].name)
-        if mul is None or mul.op != "Mul" or readers[mul.inputs[0].name] != 1 or mul.inputs[1].shape != []:
+        terms = _terms(root, users, inner)
+        groups: dict[tuple, list[gs.Node]] = {}
+        for place, term in enumerate(terms):
+            maker = users.maker.get(term.name) if users.count(term) == 1 else None
+            groups.setdefault(_kind(maker, op) or ("alone", place), []).extend([maker] if maker else [])
+        if not any(len(group) > 1 and _pays(group, op) for group in groups.values()):
             continue
-        gemm = maker.get(mul.inputs[0].name)
-        if gemm is None or gemm.op != "Gemm" or len(gemm.inputs) != 2 or gemm.attrs.get("alpha", 1.0) != 1.0:
-            continue
-        weight, rate = sub.inputs[0], mul.inputs[1]
-        made = []
-        factor = int(_size(gemm.inputs[1]) <= _size(gemm.inputs[0]))
-        large = _size(weight) > IN_CACHE
-        if large and rate.name not in negated:
-            negated[rate.name] = gs.Variable(f"{rate.name}/negated", dtype=rate.dtype, shape=[])
-            made.append(_node("Neg", [rate], [negated[rate.name]], mul))
-        scaled = gs.Variable(f"{sub.outputs[0].name}/scaled", dtype=weight.dtype, shape=gemm.inputs[factor].shape)
-        made.append(_node("Mul", [gemm.inputs[factor], negated[rate.name] if large else rate], [scaled], mul))
-        operands = [gemm.inputs[0], scaled] if factor else [scaled, gemm.inputs[1]]
-        if large:
-            made.append(_node("Gemm", [*operands, weight], [sub.outputs[0]], sub))
-        else:
-            change = gs.Variable(f"{sub.outputs[0].name}/change", dtype=weight.dtype, shape=weight.shape)
-            made.append(_node("Gemm", operands, [change], gemm))
-            made.append(_node("Sub", [weight, change], [sub.outputs[0]], sub))
-        next(n for n in made if n.op == "Gemm").attrs = dict(gemm.attrs)
-        replaced[id(sub)] = made
+        op.graph.nodes = []
+        where = {k.removeprefix("zilc."): v for k, v in root.metadata.items()}
+        with op.place(root.name.rpartition("/")[0], **where):
+            parts = []
+            for key, group in groups.items():
+                if len(group) > 1 and _pays(group, op):
+                    parts.append(_joined(group, op))
+                else:
+                    parts += [g.outputs[0] for g in group] or [terms[key[1]]]
+            total = parts[0]
+            for part in parts[1:]:
+                total = op.Add(total, part)
+        _take_over(total, root.outputs[0])
+        replaced[id(root)] = list(op.graph.nodes)
     if replaced:
         graph.nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
+        drop_dead(graph)
 
 
-def _node(op: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor], like: gs.Node) -> gs.Node:
-    """A node that takes the place of ``like``; its output stops being made by anything else."""
-    for tensor in outputs:
-        tensor.inputs.clear()
-    node = gs.Node(op, name=f"{outputs[0].name}/{op}", inputs=inputs, outputs=outputs)
-    node.metadata = dict(like.metadata)
-    return node
+def _is_inner(node: gs.Node, users: Users) -> bool:
+    """An Add that only another Add reads, as its first operand."""
+    reader = users.only(node.outputs[0])
+    return reader is not None and reader.op == "Add" and reader.inputs[0] is node.outputs[0]
+
+
+def _terms(root: gs.Node, users: Users, inner: set[int]) -> list[gs.Tensor]:
+    """The summands of ((a + b) + c) + d, from left to right."""
+    terms = []
+    node: gs.Node | None = root
+    while node is not None:
+        terms.append(node.inputs[1])
+        first = users.maker.get(node.inputs[0].name)
+        if first is None or id(first) not in inner:
+            terms.append(node.inputs[0])
+            break
+        node = first
+    return terms[::-1]
+
+
+def _kind(node: gs.Node | None, op: Emitter) -> tuple | None:
+    """What terms must have in common to be joined: the operator, its attributes and the sizes that stay."""
+    if node is None:
+        return None
+    if node.op == "Gemm" and len(node.inputs) == 2 and node.attrs.get("alpha", 1.0) == 1.0:
+        a, b = (op.dims(t) for t in node.inputs)
+        if a is None or b is None:
+            return None
+        left, right = _contracted(node)
+        sizes = (a[1 - left], b[1 - right])
+        return ("Gemm", left, right, *sizes) if all(isinstance(n, int) for n in sizes) else None
+    if node.op == "ReduceSum" and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
+        dims, axes = op.dims(node.inputs[0]), onnx_io.values(node.inputs[1]).reshape(-1).tolist()
+        if dims is not None and None not in dims:
+            return ("ReduceSum", node.attrs.get("keepdims", 1), tuple(axes), *dims)
+    return None
+
+
+def _contracted(gemm: gs.Node) -> tuple[int, int]:
+    """The axes of a Gemm's two factors that are summed over."""
+    return (0 if gemm.attrs.get("transA") else 1), (1 if gemm.attrs.get("transB") else 0)
+
+
+def _pays(group: list[gs.Node], op: Emitter) -> bool:
+    """Whether less is copied than is added up; a symbolic size (the batch) counts as small."""
+    copied = sum(_size(t) for node in group for t in node.inputs if not isinstance(t, gs.Constant))
+    if group[0].op == "Gemm":
+        a, b = group[0].inputs
+        left, right = _contracted(group[0])
+        return copied <= len(group) * op.dims(a)[1 - left] * op.dims(b)[1 - right]  # type: ignore[index, operator]
+    return copied <= SMALL
+
+
+def _joined(group: list[gs.Node], op: Emitter) -> gs.Tensor:
+    first = group[0]
+    if first.op == "Gemm":
+        left, right = (
+            op.Concat(*(node.inputs[k] for node in group), axis=axis) for k, axis in enumerate(_contracted(first))
+        )
+        return op.Gemm(left, right, **first.attrs)
+    return op.ReduceSum(op.Sum(*(node.inputs[0] for node in group)), first.inputs[1], **first.attrs)
+
+
+def _take_over(made: gs.Tensor, name: gs.Tensor) -> None:
+    """Let the node that made one tensor make another instead."""
+    node = made.inputs[0]
+    name.inputs.clear()
+    node.outputs = [name]
+
+
+def fold_updates(graph: gs.Graph) -> None:
+    """The update of a large matrix joins the product that makes its gradient (in place).
+
+    Before:  W.next = Sub(W, Gemm(A, B))
+    After:   W.next = Gemm(A, B, W, alpha=-1)
+
+    No gradient is written, which is most of the memory traffic of a wide layer; on small matrices, which stay in the
+    cache, onnxruntime's copy of the addend costs more than it saves.  Only where nothing else reads the gradient.
+    """
+    users = Users(graph)
+    inputs = {t.name for t in graph.inputs}
+    kept = []
+    for node in graph.nodes:
+        gemm = users.maker.get(node.inputs[1].name) if node.op == "Sub" else None
+        if (
+            gemm is not None
+            and node.inputs[0].name in inputs
+            and gemm.op == "Gemm"
+            and len(gemm.inputs) == 2
+            and users.count(node.inputs[1]) == 1
+            and gemm.attrs.get("alpha", 1.0) == 1.0
+            and _size(node.inputs[0]) > IN_CACHE
+        ):
+            made = gs.Node("Gemm", name=node.name, attrs={**gemm.attrs, "alpha": -1.0}, inputs=[*gemm.inputs])
+            made.inputs.append(node.inputs[0])
+            made.metadata, result = dict(node.metadata), node.outputs[0]
+            result.inputs.clear()  # node makes it no more
+            made.outputs = [result]
+            kept.append(made)
+        else:
+            kept.append(node)
+    graph.nodes = kept
+
+
+class Users:
+    """Who makes and who reads each tensor, by name; an output of the graph counts as read, a capture too."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.maker: dict[str, gs.Node] = {}
+        self._readers: dict[str, list[gs.Node | None]] = {}
+        for node in graph.nodes:
+            for tensor in (*node.inputs, *(captured(node) if node.attrs else ())):
+                self._readers.setdefault(tensor.name, []).append(node)
+            for tensor in node.outputs:
+                self.maker[tensor.name] = node
+        for tensor in graph.outputs:
+            self._readers.setdefault(tensor.name, []).append(None)
+
+    def count(self, tensor: gs.Tensor) -> int:
+        """How often a tensor is read."""
+        return len(self._readers.get(tensor.name, ()))
+
+    def only(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The one node that reads a tensor, if there is just one reader."""
+        readers = self._readers.get(tensor.name, ())
+        return readers[0] if len(readers) == 1 else None
 
 
 def _size(tensor: gs.Tensor) -> float:

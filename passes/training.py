@@ -16,11 +16,12 @@ import onnx_graphsurgeon as gs
 from zilc import onnx_io
 from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
-from zilc.graph import Dataflow
-from zilc.losses import LOSSES
+from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow
+from zilc.losses import LOSSES, Emitted
 from zilc.optimizers import Optimizer
 from zilc.passes.dynamics import Error, Pull, Sum, Term
 from zilc.passes.levels import Levels
+from zilc.passes.train_mode import TrainMode
 from zilc.passes.wavefront import Schedule
 from zilc.vjp import control_flow, table
 
@@ -58,6 +59,13 @@ class TrainingGraph:
         clamps: the trained outputs.
         outputs: next values, gradients, or both.
         optimizer: None where only gradients are wanted.
+        linear: gradients are linear in the errors of the clamped outputs, as in the wavefront and in reverse mode; the
+            literal dynamics move value nodes by the errors themselves.
+        mode: what the training mode turned: its running statistics become inputs and ``.next`` outputs, its seed and
+            step inputs of the interface.
+
+    Where nothing but updates p - lr g is asked for, the learning rate scales the errors of the clamped outputs, once,
+    instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class TrainingGraph:
         clamps: Sequence[Clamp],
         outputs: Outputs = "next",
         optimizer: Optimizer | None = None,
+        linear: bool = True,
+        mode: TrainMode | None = None,
     ) -> None:
         self.graph = graph
         self.op = Emitter(graph)
@@ -79,16 +89,23 @@ class TrainingGraph:
         self.targets: list[dict[str, str]] = []
         self.clamps = list(clamps)
         self._target: dict[str, gs.Variable | None] = {}
+        self.mode = mode or TrainMode()
+        self.seed, counted = self._take_inputs()
         self._model_inputs = [t.name for t in graph.inputs]
         self._wanted_inputs = list(inputs)
         self._tensors = onnx_io.tensors(graph)
         self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
-        self._losses: list[gs.Tensor] = []
+        self.losses: dict[str, gs.Tensor] = {}
+        self._losses: list[Emitted] = []
+        self._extra: list[tuple[str, gs.Tensor]] = []
         self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
         self._open_clamps(clamps)
-        self._open_optimizer(parameters)
+        self._open_optimizer(parameters, counted)
+        self._open_carried()
+        self.rate_in_errors = linear and self._rate_commutes(inputs)
+        self._clamp()
         # Outputs are named last but claimed first, so that an emitted tensor cannot take their names.
         self.loss = self.claim("loss")
         for name in parameters:
@@ -103,16 +120,18 @@ class TrainingGraph:
         return self.op.fresh(name if name not in self.op.names else f"zilc.{name}")
 
     def _open_parameters(self, parameters: Sequence[str]) -> None:
-        self._parameters: list[gs.Variable] = []
-        for name in parameters:
-            tensor = self._tensors[name]
-            dtype, shape = onnx_io.np_dtype(tensor.dtype), [int(n) for n in tensor.shape]
-            tensor.to_variable(dtype=dtype, shape=shape)
-            tensor.type = "tensor_type"  # GraphSurgeon forgets it
-            self._parameters.append(tensor)
+        self._parameters = [self._opened(name) for name in parameters]
+
+    def _opened(self, name: str) -> gs.Variable:
+        """An initializer as a variable."""
+        tensor = self._tensors[name]
+        dtype, shape = onnx_io.np_dtype(tensor.dtype), [int(n) for n in tensor.shape]
+        tensor.to_variable(dtype=dtype, shape=shape)
+        tensor.type = "tensor_type"  # GraphSurgeon forgets it
+        return tensor
 
     def _open_clamps(self, clamps: Sequence[Clamp]) -> None:
-        """Targets and losses: eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
+        """Targets and losses."""
         op = self.op
         many = len(clamps) > 1
         for clamp in clamps:
@@ -128,22 +147,56 @@ class TrainingGraph:
             else:
                 self.targets.append({"name": "", "output": clamp.output, "loss": clamp.loss})
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
-                value, eps = loss.emit(op, mu, y, clamp.class_axis)
+                self._losses.append(loss.emit(op, mu, y, clamp.class_axis))
+            self.losses[clamp.tensor] = self._losses[-1][0]
             self._target[clamp.tensor] = y
-            self._losses.append(value)
-            self.clamped[clamp.tensor] = eps
+
+    def _rate_commutes(self, inputs: Sequence[str]) -> bool:
+        """Whether all that is asked for are updates p - lr g, in one dtype that loses nothing to a small rate."""
+        if self.optimizer is None or not self.optimizer.linear or self.outputs != "next" or inputs:
+            return False
+        assert self.lr is not None
+        errors = {self.op.dtype(direction) for _, direction, _ in self._losses}
+        return errors | {self.op.dtype(p) for p in self._parameters} == {self.lr.dtype}
+
+    def _clamp(self) -> None:
+        """eps_out = dL/dmu_out at mu_out (ZIL.md, section 6)."""
+        op = self.op
+        for clamp, (_, direction, factor) in zip(self.clamps, self._losses, strict=True):
+            with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
+                if self.rate_in_errors:
+                    factor = self.lr if factor is None else op.Mul(factor, self.lr)
+                self.clamped[clamp.tensor] = direction if factor is None else op.Mul(direction, factor)
 
     def target_of(self, clamp: Clamp) -> gs.Variable | None:
         """The target input of a trained output; None where the output is the loss."""
         return self._target[clamp.tensor]
 
-    def _open_optimizer(self, parameters: Sequence[str]) -> None:
+    def _take_inputs(self) -> tuple[gs.Variable | None, gs.Variable | None]:
+        """The seed and step of the masks; they are no inputs of the model's."""
+        inputs = {t.name: t for t in self.graph.inputs}
+        taken = [inputs[name] if name else None for name in (self.mode.seed, self.mode.step)]
+        self.graph.inputs = [t for t in self.graph.inputs if not any(t is own for own in taken)]
+        return taken[0], taken[1]
+
+    def _open_optimizer(self, parameters: Sequence[str], counted: gs.Variable | None) -> None:
+        """Parameters, slots, lr and step; ``counted`` is the step that masks depend on, whatever the optimizer."""
         self.lr: gs.Variable | None = None
-        self.step: gs.Variable | None = None
+        self.step: gs.Variable | None = counted
         self.step_next: str | None = None
         self.graph.inputs.extend(self._parameters)
-        if self.optimizer is None:
-            return
+        if self.optimizer is not None:
+            self._open_slots()
+            if self.optimizer.counts and self.step is None:
+                self.step = gs.Variable(self.claim("step"), dtype=np.dtype(np.int64), shape=[])
+        if self.step is not None:
+            self.graph.inputs.append(self.step)
+            self.step_next = self.claim(f"{self.step.name}.next")
+        if self.seed is not None:
+            self.graph.inputs.append(self.seed)
+
+    def _open_slots(self) -> None:
+        assert self.optimizer is not None
         for parameter in self._parameters:
             slots = {}
             for slot in self.optimizer.slots:
@@ -154,10 +207,15 @@ class TrainingGraph:
         double = all(onnx_io.np_dtype(p.dtype) == np.float64 for p in self._parameters)
         self.lr = gs.Variable(self.claim("lr"), dtype=np.dtype(np.float64 if double else np.float32), shape=[])
         self.graph.inputs.append(self.lr)
-        if self.optimizer.counts:
-            self.step = gs.Variable(self.claim("step"), dtype=np.dtype(np.int64), shape=[])
-            self.graph.inputs.append(self.step)
-            self.step_next = self.claim(f"{self.step.name}.next")
+
+    def _open_carried(self) -> None:
+        """Running statistics become inputs, and what follows each an output."""
+        self.carried: list[dict[str, str]] = []
+        for name, following in self.mode.carried.items():
+            tensor = self._opened(name)
+            self.graph.inputs.append(tensor)
+            self.carried.append({"name": name, "next": self.claim(f"{name}.next")})
+            self._finals.append((self.carried[-1]["next"], self._tensors[following], tensor))
 
     def _open_leaf(self, name: str, *, wanted_input: bool) -> None:
         names = LeafNames(name, 0)
@@ -184,19 +242,23 @@ class TrainingGraph:
         if names.next is None:
             return
         assert self.optimizer is not None
-        assert self.lr is not None
+        rate = None if self.rate_in_errors else self.lr
         with op.place(f"{leaf}.optimizer", vertex=leaf, level=level, role="optimizer", step=max(level - 1, 0)):
-            following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), self.lr, self.step)
+            following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), rate, self.step)
         self._finals.append((names.next, following, tensor))
         for entry in names.state:
             self._finals.append((entry["next"], slots[entry["slot"]], self._slots[leaf][entry["slot"]]))
 
+    def output(self, name: str, tensor: gs.Tensor) -> None:
+        """One more output, under a claimed name; it comes after all others."""
+        self._extra.append((name, tensor))
+
     def finish(self) -> gs.Graph:
-        """Lay out the outputs: loss, the model's, next values and gradients."""
+        """Lay out the outputs: loss, the model's, next values and gradients, traces."""
         op = self.op
         with op.place("loss", vertex="loss", level=0, role="loss", step=0):
-            total = self._losses[0]
-            for other in self._losses[1:]:
+            total, *others = self.losses.values()
+            for other in others:
                 total = op.Add(total, op.cast(other, op.dtype(total)))
         finals = [(self.loss, total)]
         if self.step is not None and self.step_next is not None:
@@ -210,6 +272,7 @@ class TrainingGraph:
         rest = [self._final(name, tensor, like) for name, tensor, like in self._finals]
         if self.step is not None and self.step_next is not None:
             rest.append(self._final(self.step_next, finals_step))
+        rest += [self._final(name, tensor) for name, tensor in self._extra]
         self.graph.outputs = named + outputs + rest
         return self.graph
 
@@ -247,8 +310,6 @@ class TrainingGraph:
 
 def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
     """Vertex, level and role in the metadata of every forward node (in place)."""
-    from zilc.graph import INSERTED
-
     where = {id(node): v for v, node in enumerate(flow.vertices)}
     delays: dict[int, list[str]] = {}
     for edge in flow.edges:
@@ -257,7 +318,10 @@ def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
         v = where.get(id(node))
         role = "identity" if getattr(node, INSERTED, False) else "forward"
         name = flow.names[v] if v is not None else (node.name or next((t.name for t in node.outputs if t.name), ""))
-        node.metadata = {k: x for k, x in getattr(node, "metadata", {}).items() if not k.startswith("zilc.")}
+        kept = {INFERENCE} if getattr(node, FROZEN, False) else set()
+        node.metadata = {
+            k: x for k, x in getattr(node, "metadata", {}).items() if k in kept or not k.startswith("zilc.")
+        }
         node.metadata["zilc.vertex"] = name
         node.metadata["zilc.role"] = role
         if v is not None:
@@ -279,7 +343,7 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
         rule = table.lookup(node, opset)
         captured = any(e.operand >= len(node.inputs) for e in flow.operands[v])
         if rule is None or (captured and rule.whole is None):
-            missing.append(describe_vertex(flow.names[v], node.op, opset=opset, level=levels.vertices[v]))
+            missing.append(describe_vertex(flow.names[v], _operator(node), opset=opset, level=levels.vertices[v]))
             continue
         inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
         for inner in control_flow.without_rule(node, opset, inside) if rule.whole is not None else ():
@@ -287,6 +351,10 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
             missing.append(describe_vertex(where_inside, inner.op, opset=opset, level=levels.vertices[v]))
     if missing:
         raise MissingRule(missing, where=where)
+
+
+def _operator(node: gs.Node) -> str:
+    return node.op if node.domain in (None, "", "ai.onnx") else f"{node.domain}.{node.op}"
 
 
 def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> None:

@@ -467,6 +467,8 @@ def simulate(
     recompute: bool = False,
     printed_sign: bool = False,
     seed: int = 0,
+    steps: int | None = None,
+    states: list[dict[str, Arrays]] | None = None,
 ) -> Arrays:
     """The gradient of every leaf by the dynamics, for t = 0 ... K - 1.
 
@@ -478,6 +480,9 @@ def simulate(
         at_end: every leaf reads the errors of step K - 1 instead of those of its level.
         recompute: eps is mu - x anew at each step, instead of being carried.
         printed_sign: the inference step with the sign of the paper's Eq. 7.
+        steps: how many there are, K by default.
+        states: takes the value nodes ``x``, predictions ``mu``, errors ``eps`` and movements ``dx`` of every step, and
+            the state after the last.
     """
     rng = np.random.default_rng(seed)
     fixed = set(net.clamped.values())
@@ -507,7 +512,7 @@ def simulate(
 
     gradients: Arrays = {}
     with np.errstate(all="ignore"):  # levels that the wave has passed may overflow; no leaf reads them
-        for t in range(net.k):
+        for t in range(net.k if steps is None else steps):
             sums = _sums(net, x, mu, eps)
             for leaf in net.leaves:
                 if (net.k if at_end else net.level[leaf]) == t + 1:
@@ -519,12 +524,16 @@ def simulate(
                     continue
                 flow = sums.get(i, np.zeros_like(x[i]))  # zero for an output of a Split that nothing reads
                 delta[i] = x[i].dtype.type(gamma) * (eps[i] + flow if printed_sign else eps[i] - flow)
+            if states is not None:
+                states.append({"x": dict(x), "mu": dict(mu), "eps": dict(eps), "dx": delta})
             for i in made:
                 x[i] = x[i] + delta[i]
             now = predict()
             for i in made:
                 eps[i] = now[i] - x[i] if recompute else eps[i] + (now[i] - mu[i]) - delta[i]
             mu = now
+    if states is not None:
+        states.append({"x": dict(x), "mu": dict(mu), "eps": dict(eps)})
     return gradients
 
 

@@ -40,7 +40,7 @@ def skip(tmp_path: Path) -> str:
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    assert COMMANDS == ["demo", "emit-training", "levelize", "ops", "train", "verify"]
+    assert COMMANDS == ["demo", "emit-training", "levelize", "ops", "trace", "train", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -12,13 +12,14 @@ import pytest
 
 import zilc
 from tests import twins
+from tests.graphs import initial
 from zilc import models
 from zilc.executors import executor
 
 #: Batch of each network; the convolutional ones run in ONNX's reference evaluator in float64.
 NETWORKS = {
     "skip": 20, "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4,
-    "transformer": 2, "alexnet": 1, "resnet18": 2,
+    "transformer": 2, "decoder": 1, "alexnet": 1, "resnet18": 2,
 }  # fmt: skip
 LOSS = "cross-entropy"
 #: Half a unit in the last place of float32, relative.
@@ -29,6 +30,7 @@ ULP = 2.0**-24
 class Run:
     """Gradients of one network by every road, by parameter."""
 
+    name: str
     zil: dict[str, dict[str, np.ndarray]]
     bp: dict[str, dict[str, np.ndarray]]
     torch: dict[str, dict[str, np.ndarray]]
@@ -50,7 +52,7 @@ class Run:
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request) -> Run:
     name = request.param
-    run = Run({}, {}, {}, {}, {})
+    run = Run(name, {}, {}, {}, {}, {})
     for dtype in ("float64", "float32"):
         model = models.build(name, dtype=dtype)
         if not run.feeds:
@@ -95,6 +97,28 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
     theirs = {n: network.error(network.torch["float32"][n], n) for n in ours}
     assert max(ours.values()) <= max(2 * max(theirs.values()), 4 * ULP)
     assert {n: (ours[n], theirs[n]) for n in ours if ours[n] > max(2 * theirs[n], 4 * ULP)} == {}
+
+
+def test_updates_equal_bp_and_autograd(network):
+    """The update itself, where the learning rate rides on the errors and sums over time are one product.
+
+    At lr = 1 the update is the gradient but for the rounding of p - g.
+    """
+    got = {}
+    for algorithm in ("zil", "bp"):
+        model = models.build(network.name, dtype="float32")
+        step = zilc.emit_training(model, loss=LOSS, algorithm=algorithm)
+        feeds = {k: v.astype("f") if v.dtype.kind == "f" else v for k, v in network.feeds.items()}
+        got[algorithm] = executor(step.model)(initial(step, feeds, lr=1.0))
+    for entry in step.signature["parameters"]:
+        zil, bp = (got[a][entry["next"]] for a in ("zil", "bp"))
+        assert zil.tobytes() == bp.tobytes(), entry["name"]
+        p = np.asarray(step.state[entry["name"]], np.float64)
+        truth, theirs = (network.torch[d][entry["name"]].astype(np.float64) for d in ("float64", "float32"))
+        error = np.linalg.norm(zil - (p - truth))
+        rounding = np.linalg.norm(np.spacing(np.abs(zil)))
+        floor = 4 * ULP * max(np.linalg.norm(truth), 1e-6 * network.largest)
+        assert error <= max(2 * np.linalg.norm(theirs - truth), floor) + rounding, entry["name"]
 
 
 def operators(model: onnx.ModelProto, path) -> dict[str, int]:

@@ -113,8 +113,9 @@ def test_operators_without_a_rule_are_all_named_at_once(zilc_: Command, tmp_path
     )
     assert refused(zilc_, tmp_path, "emit-training", path) == (
         f"{path}: 2 vertices have no VJP rule for an operand on a path to a trained leaf: "
-        "vertex 'warp' (Warp, opset 18, level 2); vertex 'twist' (Twist, opset 18, level 1). "
-        "'zilc ops' lists the operators covered; --wrt and --freeze choose the trained leaves."
+        "vertex 'warp' (my.ops.Warp, opset 18, level 2); vertex 'twist' (my.ops.Twist, opset 18, level 1). "
+        "'zilc ops' lists the operators covered, --rules FILE.py adds rules of yours (docs/RULES.md); "
+        "--wrt and --freeze choose the trained leaves."
     )
 
 
@@ -130,8 +131,9 @@ def test_no_path_is_dropped_for_want_of_a_type(zilc_: Command, tmp_path: Path) -
     )
     assert refused(zilc_, tmp_path, "emit-training", path) == (
         f"{path}: 1 vertex has no VJP rule for an operand on a path to a trained leaf: "
-        "vertex 'warp' (Warp, opset 18, level 1). "
-        "'zilc ops' lists the operators covered; --wrt and --freeze choose the trained leaves."
+        "vertex 'warp' (my.ops.Warp, opset 18, level 1). "
+        "'zilc ops' lists the operators covered, --rules FILE.py adds rules of yours (docs/RULES.md); "
+        "--wrt and --freeze choose the trained leaves."
     )
 
 

@@ -232,6 +232,28 @@ def _encoder_layer(p: Params, name: str) -> dict[str, torch.Tensor]:
     }
 
 
+def _decoder(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], EPSILON)
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    h = p["embedding.weight"][inputs["tokens"]] + p["positions.weight"]
+    for index in range(1, made["layers"] + 1):
+        name = f"block{index}"
+        x = norm(f"{name}.norm1", h)
+        parts = [
+            linear(f"{name}.attention.{part}", x).unflatten(-1, (made["heads"], -1)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        ]
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+        h = h + linear(f"{name}.attention.output", mixed)
+        inner = F.gelu(linear(f"{name}.feedforward1", norm(f"{name}.norm2", h)), approximate="tanh")
+        h = h + linear(f"{name}.feedforward2", inner)
+    return norm("norm", h) @ p["embedding.weight"].T
+
+
 def _digits(p: Params, inputs: Inputs, made: Mapping[str, Any]) -> torch.Tensor:
     def conv(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], padding=1)
@@ -253,5 +275,6 @@ _TWINS: dict[str, Callable[[Params, Inputs, Mapping[str, Any]], torch.Tensor]] =
     "resnet18": _resnet18,
     "rnn": _rnn,
     "transformer": _transformer,
+    "decoder": _decoder,
     "digits": _digits,
 }

@@ -19,7 +19,10 @@ def build(name: str) -> nn.Module:
             if i < depth - 1:
                 layers.append(nn.Tanh())
         return nn.Sequential(*layers)
-    return {"alexnet": _alexnet, "resnet18": _ResNet18, "rnn": _Rnn, "transformer": _Transformer}[name]()
+    makers = {
+        "alexnet": _alexnet, "resnet18": _ResNet18, "rnn": _Rnn, "transformer": _Transformer, "decoder": _Decoder,
+    }  # fmt: skip
+    return makers[name]()
 
 
 def _alexnet() -> nn.Module:
@@ -96,3 +99,31 @@ class _Transformer(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.layer(self.embed(ids) * self.scale + self.positions, src_mask=self.mask, is_causal=True))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vocabulary: int = 8192, d: int = 256, length: int = 64, layers: int = 4) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(vocabulary, d), nn.Parameter(torch.randn(length, d) * 0.02)
+        self.blocks = nn.ModuleList(_DecoderBlock(d) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids) + self.places
+        for block in self.blocks:
+            h = block(h)
+        return nn.functional.linear(self.norm(h), self.embed.weight)
+
+
+class _DecoderBlock(nn.Module):
+    def __init__(self, d: int, heads: int = 8) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.inner = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        parts = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(h)).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        h = h + self.out(mixed.transpose(1, 2).flatten(2))
+        return h + self.inner(self.norm2(h))

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zilc.certificate import Certificate, certify
     from zilc.errors import (
         DataError,
         EnsuresError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
     from zilc.pipeline import Levelized, TrainingStep, emit_training, levelize
     from zilc.runtime import Trainer
+    from zilc.tracing import Trace, trace
     from zilc.verification import verify
 
 _HOME = {
@@ -30,6 +32,10 @@ _HOME = {
     "Levelized": "zilc.pipeline",
     "TrainingStep": "zilc.pipeline",
     "verify": "zilc.verification",
+    "certify": "zilc.certificate",
+    "Certificate": "zilc.certificate",
+    "trace": "zilc.tracing",
+    "Trace": "zilc.tracing",
     "Trainer": "zilc.runtime",
     "ZilcError": "zilc.errors",
     "ModelError": "zilc.errors",
@@ -43,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Certificate",
     "DataError",
     "EnsuresError",
     "FileError",
@@ -52,11 +59,14 @@ __all__ = [
     "OptionError",
     "RequiresError",
     "RuntimeMissing",
+    "Trace",
     "Trainer",
     "TrainingStep",
     "ZilcError",
+    "certify",
     "emit_training",
     "levelize",
+    "trace",
     "verify",
 ]
 

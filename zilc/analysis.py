@@ -16,6 +16,7 @@ from zilc.passes import contracts, placement, prepare
 from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
 from zilc.passes.prepare import Prepared
+from zilc.passes.train_mode import TrainMode, train_mode
 
 Names = str | Sequence[str] | None
 
@@ -35,6 +36,7 @@ class Structure:
         outputs: trained outputs as the user names them; ``clamped`` are the tensors of level 0.
         levels: where the placement of identities puts vertices; by default those of the longest path.
         longest: levels of the longest path, which fix the order of sums.
+        mode: what the training mode turned; None in inference form.
     """
 
     prepared: Prepared
@@ -44,6 +46,7 @@ class Structure:
     flow: Dataflow
     levels: Levels
     longest: Levels
+    mode: TrainMode | None = None
 
     @property
     def where(self) -> str:
@@ -57,18 +60,22 @@ def structure(
     dims: Mapping[str, int] | None = None,
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     opset: int | None = None,
+    mode: str = "eval",
     base_dir: str | os.PathLike[str] | None = None,
 ) -> Structure:
-    """Load, prepare, choose outputs, find levels."""
+    """Load, prepare, turn to training form if asked, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
     prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=name_list(output))
+    turned: TrainMode | None = None
+    if mode == "train":
+        prepared.graph, turned = train_mode(prepared.graph)
     outputs = prepare.choose_outputs(prepared.graph, name_list(output), source.name)
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned)
 
 
 def placed(found: Structure, where: str) -> Structure:

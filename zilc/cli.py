@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,34 +108,61 @@ def zilc(debug: bool) -> None:
 @click.option("-o", "--out", type=click.Path(), metavar="OUT.onnx", help="Write the levelled model here.")
 @click.option("--identities", type=click.Choice([*shared.PLACEMENTS, "none"]), default="shared", show_default=True,
               help="A chain of identity vertices an edge or a tensor; the fewest vertices or bytes; or only report.")
+@shared.pictures
 @shared.selection
+@shared.rules
 @shared.as_json
-def levelize(model: str, out: str | None, identities: str, as_json: bool, **given: Any) -> None:
+def levelize(
+    model: str, out: str | None, identities: str, html: str | None, svg: str | None, png: str | None, as_json: bool,
+    **given: Any,
+) -> None:
     """Show a model's level structure; write it levelled.
 
     With -o the model is written with identity vertices on every edge that skips levels; levelizing twice changes
     nothing.  Prints K, the vertices and identities on each level, what the identities cost by each placement, the
-    longest skips, and each parameter's level and update step.
+    longest skips, and each parameter's level and update step.  --html, --svg and --png draw the graph level by level.
 
     \b
     Example:
         zilc levelize model.onnx -o model.levelled.onnx
+        zilc levelize model.onnx --html levels.html --svg levels.svg
         zilc levelize model.onnx --json | jq .levels
     """
     if out and identities == "none":
         raise click.UsageError("--identities none only reports; leave out -o, or choose edge, shared or min.")
-    from zilc import onnx_io, pipeline
+    from zilc import figures, onnx_io, pipeline
 
+    if svg or png:
+        figures.require()
     with working("levels"):
         made = pipeline.levelize(model, identities=identities, **shared.selection_of(given))  # type: ignore[arg-type]
-        if out:
-            onnx_io.save(made.model, out, base_dir=str(Path(model).parent))
+        _write(
+            (out, lambda path: onnx_io.save(made.model, path, base_dir=str(Path(model).parent))),
+            (html, lambda path: path.write_text(made.html(), "utf-8")),
+            (svg, lambda path: path.write_bytes(made.figure("svg"))),
+            (png, lambda path: path.write_bytes(made.figure("png"))),
+        )
     from zilc import show
 
+    written = [path for path in (out, html, svg, png) if path]
     if as_json:
-        click.echo(show.document({**made.report, "written": out}))
+        click.echo(show.document({**made.report, "written": out, "pictures": {"html": html, "svg": svg, "png": png}}))
     else:
-        show.levels(show.Page(), made.report, out)
+        show.levels(show.Page(), made.report, written)
+
+
+def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
+    """Write the files that are asked for, those with a path: all of them, or none."""
+    from zilc.errors import FileError
+    from zilc.files import HINT, together
+
+    wanted = [(path, make) for path, make in files if path]
+    with together(*(path for path, _ in wanted)) as stand_ins:
+        for (path, make), target in zip(wanted, stand_ins, strict=True):
+            try:
+                make(target)
+            except OSError as error:
+                raise FileError(f"cannot be written ({error.strerror or error})", where=path, hint=HINT) from error
 
 
 # --- emit-training --------------------------------------------------------------------------------------------
@@ -148,9 +175,15 @@ def levelize(model: str, out: str | None, identities: str, as_json: bool, **give
 @click.option("--state", type=click.Path(), metavar="STATE.safetensors|none",
               help="Initial parameters and optimizer slots. Default: STEP.safetensors beside the graph; none: no file.")
 @shared.selection
+@shared.rules
 @shared.training
+@click.option("--trace", is_flag=True,
+              help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
+@shared.full
 @shared.as_json
-def emit_training(model: str, out: str | None, state: str | None, as_json: bool, **given: Any) -> None:
+def emit_training(
+    model: str, out: str | None, state: str | None, trace: bool, full: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
     """Emit a graph that computes one training update.
 
     It holds standard ONNX operators alone.  One run is one update: feed each PARAM.next back as PARAM.  The graph's
@@ -173,7 +206,8 @@ def emit_training(model: str, out: str | None, state: str | None, as_json: bool,
         raise FileError("is a folder, expected a file name", where=str(graph_path))
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
-        step = pipeline.emit_training(model, **shared.selection_of(given), **shared.training_of(given))
+        options = {**shared.selection_of(given), **shared.training_of(given)}
+        step = pipeline.emit_training(model, trace=list(full) or trace, **options)
         save_step(step, graph_path, beside)
     from zilc import show
 
@@ -195,32 +229,47 @@ def emit_training(model: str, out: str | None, state: str | None, as_json: bool,
 @zilc.command()
 @shared.model
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--precision", type=click.Choice(["float32", "float64"]), default="float32", show_default=True,
               help="Precision of the training graphs; differences are always taken in float64.")
 @click.option("--inputs", type=click.Path(), metavar="FEEDS.npz",
               help="Arrays by input name, targets among them if you like. Default: random ones.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of feeds and directions.")
+@click.option("--certificate", type=click.Path(), metavar="FILE",
+              help="Write a page and a JSON document to cite, FILE.html and FILE.json: both precisions, an independent "
+                   "reverse mode, every ablation.")
+@click.option("--ablations/--no-ablations", default=True, show_default=True,
+              help="Ablations in the certificate; each takes as many forward and backward passes as there are levels.")
 @shared.as_json
 @click.pass_context
 def verify(
-    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, as_json: bool, **given: Any
-) -> None:
+    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, certificate: str | None,
+    ablations: bool, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
-    float64 on the model itself, along several random directions a parameter.  Exit status 1 if any comparison fails:
+    float64 on the model itself (with --mode train, on the model in training form with its masks held), along several
+    random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
+
+    With --certificate everything is measured in both precisions, against an independent reverse mode too, and so is
+    every ablation; the status is 1 if one of its checks fails.
 
     \b
     Example:
         zilc verify model.onnx --loss cross-entropy --precision float64
         zilc verify model.onnx --inputs batch.npz --json
+        zilc verify model.onnx --loss cross-entropy --certificate model.certificate
     """
     from zilc import optimizers, verification
 
     training = shared.training_of(given)
     optimizers.make(training["optimizer"], training["options"])  # plays no part in gradients, but must make sense
+    if certificate:
+        _certificate(ctx, model, certificate, ablations, inputs, seed, as_json, shared.selection_of(given), training)
+        return
     wanted = {key: training[key] for key in ("loss", "class_axis", *shared.DYNAMICS)}
     with progress("differences") as bar:
         found = verification.verify(
@@ -237,6 +286,109 @@ def verify(
         ctx.exit(1)
 
 
+def _certificate(
+    ctx: click.Context, model: str, place: str, ablations: bool, inputs: str | None, seed: int, as_json: bool,
+    selection: dict[str, Any], training: dict[str, Any],
+) -> None:  # fmt: skip
+    """``zilc verify --certificate``: every variant and both precisions are measured, so none can be chosen."""
+    for name in ("precision", *shared.DYNAMICS):
+        if name == "identities" or ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        if name != "mode":
+            raise click.UsageError(f"--certificate measures every variant; leave out --{name.replace('_', '-')}.")
+        if training["mode"] != "eval":
+            raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
+    placement = training["identities"] or "shared"
+    if placement == "none":
+        raise click.UsageError("--certificate measures Z-IL on a levelled graph; leave out --identities none.")
+    import shlex
+
+    from zilc import certificate, show
+
+    with progress("certificate") as bar:
+        made = certificate.certify(
+            model, loss=training["loss"], class_axis=training["class_axis"], identities=placement, inputs=inputs,
+            seed=seed, ablations=ablations, command=shlex.join(["zilc", *sys.argv[1:]]), progress=bar, **selection,
+        )  # fmt: skip
+        written = [str(path) for path in made.save(place)]
+    if as_json:
+        click.echo(show.document(made.data))
+    else:
+        show.certificate(show.Page(), made.data, written)
+    if not made.passed:
+        ctx.exit(1)
+
+
+# --- trace ----------------------------------------------------------------------------------------------------
+
+
+@zilc.command()
+@shared.model
+@click.option("--data", type=click.Path(), metavar="FEEDS.npz",
+              help="One batch: arrays by input name, targets among them if you like. Default: random ones.")
+@click.option("-o", "--out", type=click.Path(), metavar="TRACE.npz",
+              help="Write the arrays here; docs/TRACES.md says what they are.")
+@shared.pictures
+@click.option("--alone", is_flag=True, help="Draw this algorithm alone, without the other one beside it.")
+@shared.selection
+@shared.rules
+@shared.tracing
+@shared.full
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random feeds.")
+@shared.as_json
+def trace(
+    model: str, data: str | None, out: str | None, html: str | None, svg: str | None, png: str | None, alone: bool,
+    full: tuple[str, ...], seed: int, as_json: bool, **given: Any,
+) -> None:
+    """Record every inference step of one batch.
+
+    Runs the literal dynamics once and records, for each step and vertex, the prediction error, the movement of the
+    value node and the energy.  Prints the energy step by step and which parameters learn when; -o writes the arrays.
+    --html shows the graph and the energies of its levels, with inference learning (or Z-IL) on the same batch beside
+    them; --svg and --png draw the energies.
+
+    \b
+    Example:
+        zilc trace model.onnx --data feeds.npz -o trace.npz --html trace.html
+        zilc trace model.onnx --algorithm il --steps 100 --gamma 0.1 --full block1/Add -o il.npz
+        zilc trace model.onnx --loss cross-entropy --svg wave.svg
+    """
+    from zilc import figures, pipeline, tracing
+
+    if svg or png:
+        figures.require()
+    selection = shared.selection_of(given)
+    options = shared.tracing_of(given)
+    shared_options = {key: options[key] for key in ("loss", "class_axis", "mode")}
+    same = {**selection, **shared_options, "data": data, "seed": seed}
+    found: list[tracing.Trace] = []
+    with working("inference"):
+        found.append(tracing.trace(model, full=full, **{**options, **same}))
+        if not alone and (html or svg or png):
+            other = "il" if options["algorithm"] == "zil" else "zil"
+            found.append(tracing.trace(model, algorithm=other, **same))  # type: ignore[arg-type]
+    placement = next((f.identities for f in found if f.identities != "none"), "none")
+
+    def page(path: Path) -> None:
+        levelled = pipeline.levelize(model, identities=placement, **selection)  # type: ignore[arg-type]
+        path.write_text(levelled.html(traces=found), "utf-8")
+
+    with working("pictures"):
+        _write(
+            (out, found[0].write),
+            (html, page),
+            (svg, lambda path: path.write_bytes(figures.waves(found, "svg"))),
+            (png, lambda path: path.write_bytes(figures.waves(found, "png"))),
+        )
+    from zilc import show
+
+    written = [path for path in (out, html, svg, png) if path]
+    if as_json:
+        click.echo(show.document({**found[0].data(), "written": written}))
+    else:
+        show.trace(show.Page(), found[0].data(), written)
+
+
 # --- train ----------------------------------------------------------------------------------------------------
 
 
@@ -246,13 +398,15 @@ def verify(
               help="Examples along axis 0: arrays named like the model's inputs, and 'target'.")
 @click.option("--val", type=click.Path(), metavar="VAL.npz", help="Held-out examples, looked at after each epoch.")
 @shared.selection
+@shared.rules
 @shared.training
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
               help="Where onnxruntime runs; auto takes CUDA where it works.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the order of examples.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the order of examples, and of Dropout's masks.")
 @click.option("-o", "--out", type=click.Path(), required=True, metavar="TRAINED.onnx",
               help="The model with its trained weights.")
 @shared.as_json

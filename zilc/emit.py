@@ -28,6 +28,8 @@ _BOOL_OUTPUT = frozenset(
 )
 #: Which operand gives the output its dtype, where it is not the first.
 _DTYPE_OPERAND = {"Where": 1, "OneHot": 2, "DequantizeLinear": 1}
+#: What names of constants begin with.
+_CONSTANT = "zilc.const/"
 
 
 class Emitter:
@@ -40,7 +42,7 @@ class Emitter:
 
     def __init__(self, graph: gs.Graph, names: set[str] | None = None) -> None:
         self.graph = graph
-        self.names = set(names) if names is not None else _names(graph)
+        self.names = set(names) if names is not None else names_of(graph)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
@@ -98,13 +100,7 @@ class Emitter:
         while inputs and inputs[-1].name == "":
             inputs.pop()
         attrs = {k: v for k, v in attrs.items() if v is not None}
-        key = (
-            op_type,
-            domain,
-            tuple(t.name for t in inputs),
-            tuple(sorted((k, _freeze(v)) for k, v in attrs.items())),
-            outputs,
-        )
+        key = _key(op_type, domain, inputs, attrs, outputs)
         made = self._made.get(key)
         if made is None:
             made = self._append(op_type, domain, inputs, attrs, outputs)
@@ -135,6 +131,15 @@ class Emitter:
             numbers = [*np.asarray(amounts).reshape(-1), 0]
             full = [int(numbers[k]) for k in entries]
         return self.emit("Pad", x, full, value, **attrs)
+
+    def adopt(self, node: gs.Node) -> None:
+        """Take a node of the graph for one that this emitter made: asked for the same again, it gives its outputs."""
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.name.startswith(_CONSTANT):
+                array = onnx_io.values(tensor)
+                self._constants.setdefault((array.dtype.name, array.shape, array.tobytes()), tensor)
+        attrs = {k: v for k, v in node.attrs.items() if v is not None}
+        self._made[_key(node.op, node.domain, node.inputs, attrs, len(node.outputs))] = tuple(node.outputs)
 
     def inside(self) -> Emitter:
         """An emitter for a subgraph of one of this graph's nodes: the two share their names."""
@@ -183,7 +188,7 @@ class Emitter:
         if key not in self._constants:
             flat = array.reshape(-1)
             label = "_".join(_label(v) for v in flat) if 0 < flat.size <= 4 else "x".join(map(str, array.shape))
-            self._constants[key] = gs.Constant(self.fresh(f"zilc.const/{array.dtype.name}/{label}"), array)
+            self._constants[key] = gs.Constant(self.fresh(f"{_CONSTANT}{array.dtype.name}/{label}"), array)
         return self._constants[key]
 
     # -- what is known of a tensor --
@@ -301,12 +306,19 @@ class Emitter:
                     output.shape = shape
 
 
-def _names(graph: gs.Graph) -> set[str]:
+def names_of(graph: gs.Graph) -> set[str]:
+    """Names of tensors and nodes in use, subgraphs included."""
     names = set(onnx_io.tensors(graph))
     names.update(node.name for node in graph.nodes if node.name)
     for inner in graph.subgraphs(recursive=True):
         names.update(onnx_io.tensors(inner))
     return names
+
+
+def _key(op: str, domain: str | None, inputs: Sequence[gs.Tensor], attrs: dict[str, Any], outputs: int) -> tuple:
+    """What makes two nodes the same."""
+    frozen = tuple(sorted((k, _freeze(v)) for k, v in attrs.items()))
+    return op, domain or None, tuple(t.name for t in inputs), frozen, outputs
 
 
 def _freeze(value: Any) -> Any:

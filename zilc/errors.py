@@ -54,7 +54,8 @@ class MissingRule(ModelError):
         super().__init__(
             f"{len(self.places)} {noun} no VJP rule for an operand on a path to a trained leaf: {shown}",
             where=where,
-            hint="'zilc ops' lists the operators covered; --wrt and --freeze choose the trained leaves.",
+            hint="'zilc ops' lists the operators covered, --rules FILE.py adds rules of yours (docs/RULES.md); "
+            "--wrt and --freeze choose the trained leaves.",
         )
 
 

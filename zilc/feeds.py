@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,27 +14,32 @@ from zilc.errors import DataError, OptionError
 
 #: Sizes of symbolic dimensions: the leading one of an input is a batch, others stand for lengths.
 BATCH, LENGTH = 2, 8
+#: A batch whose statistics are taken: of two vectors, those normalize each to +1 or -1, whatever the parameters.
+STATISTICS_BATCH = 8
 
 _PASS = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand", "Slice"})
 #: (operator, index operand) -> axis attribute of the data that bounds the index
 _INDEXED = {"Gather": 0, "GatherElements": 0}
 
 
-def random_feeds(graph: gs.Graph, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
-    """One array an input.
+def random_feeds(
+    inputs: gs.Graph | Sequence[gs.Tensor], seed: int = 0, dims: Mapping[str, int] | None = None, batch: int = BATCH
+) -> dict[str, np.ndarray]:
+    """One array an input of a graph, or of those named.
 
     Floating inputs are standard normal.  Integer inputs that index a Gather are drawn below its bound; other integer
-    inputs are ones, as are boolean ones (masks).  Symbolic dimensions take the size in ``dims``, else 2 where they
-    lead and 8 elsewhere, the same for the same name.
+    inputs are ones, as are boolean ones (masks).  Symbolic dimensions take the size in ``dims``, else
+    ``batch`` where they lead and 8 elsewhere, the same for the same name.
     """
     rng = np.random.default_rng(seed)
     sizes = dict(dims or {})
-    for tensor in graph.inputs:
+    tensors = inputs.inputs if isinstance(inputs, gs.Graph) else inputs
+    for tensor in tensors:
         for axis, size in enumerate(tensor.shape or ()):
             if not isinstance(size, (int, np.integer)):
-                sizes.setdefault(str(size), BATCH if axis == 0 else LENGTH)
+                sizes.setdefault(str(size), batch if axis == 0 else LENGTH)
     feeds = {}
-    for tensor in graph.inputs:
+    for tensor in tensors:
         if getattr(tensor, "type", "tensor_type") != "tensor_type" or tensor.dtype is None:
             raise OptionError(
                 f"input '{tensor.name}' is not a plain tensor, no values can be drawn for it", where="--inputs"
@@ -73,14 +80,34 @@ def index_bound(tensor: gs.Tensor) -> int | None:
     return bound
 
 
-def checked_feeds(graph: gs.Graph, feeds: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+def arrays(
+    source: str | os.PathLike[str] | Mapping[str, np.ndarray], name: str = "inputs"
+) -> tuple[Mapping[str, np.ndarray], str]:
+    """Arrays by name, from an .npz file or as they are, and what error messages call them.
+
+    Raises:
+        FileError, DataError: the file cannot be read, or is no archive of arrays.
+    """
+    if isinstance(source, Mapping):
+        return source, name
+    path = Path(source)
+    onnx_io.read_bytes(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {n: archive[n] for n in archive.files}, str(path)
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        hint = "Write it with numpy.savez."
+        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
+
+
+def checked_feeds(inputs: Sequence[gs.Tensor], feeds: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
     """The user's arrays, one an input, of the right dtype and rank.
 
     Raises:
         DataError: an input is missing, or its dtype or shape does not fit.
     """
     checked = {}
-    for tensor in graph.inputs:
+    for tensor in inputs:
         if tensor.name not in feeds:
             have = ", ".join(sorted(feeds)) or "nothing"
             raise DataError(f"no array '{tensor.name}' (it holds {have})", where=where)

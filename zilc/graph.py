@@ -18,6 +18,14 @@ from zilc import onnx_io
 
 #: Attribute of a gs.Node: it is an identity vertex that zilc put in (a delay or a terminal), not the model's own.
 INSERTED = "zilc_inserted"
+#: Attribute of a gs.Node: it is held at its forward value, no derivative passes it (batch statistics that are only
+#: carried, Dropout's masks).
+FROZEN = "zilc_frozen"
+#: Attribute of a BatchNormalization in training form: names of x - mean and of 1/sqrt(variance + epsilon), which
+#: frozen nodes make.
+STATISTICS = "zilc_statistics"
+#: Metadata of a node that is something else in inference form: see :func:`zilc.session.inference_form`.
+INFERENCE = "zilc.inference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +172,9 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
     depends = set(leaves)
     operands: list[list[tuple[int, str]]] = []
     for node in graph.nodes:
+        if getattr(node, FROZEN, False):
+            operands.append([])
+            continue
         found = [
             (k, t.name) for k, t in enumerate(node.inputs) if t.name and t.name in depends and differentiable(node, k)
         ]
@@ -239,8 +250,9 @@ def copy_node(
     )
     made.metadata = dict(getattr(node, "metadata", {}))
     made.doc_string = getattr(node, "doc_string", "")
-    if getattr(node, INSERTED, False):
-        setattr(made, INSERTED, True)
+    for mark in (INSERTED, FROZEN, STATISTICS):
+        if hasattr(node, mark):
+            setattr(made, mark, getattr(node, mark))
     return made
 
 

@@ -1,7 +1,8 @@
 """What clamps an output: each loss as nodes, with its derivative at the prediction (ZIL.md, section 6).
 
 ``energy`` is the paper's: 1/2 sum (mu - y)^2.  For any other loss L the error of the clamped output is dL/dmu, the
-mean's factor included.
+mean's factor included.  It is emitted as a direction and a factor, dL/dmu = factor * direction, so that a learning
+rate can join the factor: a product of two numbers instead of one more pass over a tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import onnx_graphsurgeon as gs
 from zilc.emit import Dim, Emitter
 from zilc.errors import OptionError
 
-Emitted = tuple[gs.Tensor, gs.Tensor]
+#: The loss of shape [], a direction of mu's shape, and its factor of shape []; None stands for 1.
+Emitted = tuple[gs.Tensor, gs.Tensor, gs.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Loss:
     """A loss.
 
     Attributes:
-        emit: (op, mu, target, class axis) -> (loss of shape [], dL/dmu of mu's shape).
+        emit: (op, mu, target, class axis) -> (loss of shape [], direction of mu's shape, factor of shape [] or None).
         labels: its target holds class indices.
         targeted: it has a target at all.
     """
@@ -40,6 +42,13 @@ class Loss:
     emit: Callable[[Emitter, gs.Tensor, gs.Tensor | None, int], Emitted]
     labels: bool = False
     targeted: bool = True
+
+    def evaluate(
+        self, op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, class_axis: int
+    ) -> tuple[gs.Tensor, gs.Tensor]:
+        """The loss, a scalar, and dL/dmu, of mu's shape, at ``mu``."""
+        value, direction, factor = self.emit(op, mu, y, class_axis)
+        return value, direction if factor is None else op.Mul(direction, factor)
 
     def target(self, op: Emitter, mu: gs.Tensor, class_axis: int) -> Target | None:
         """dtype and shape of the target of an output ``mu``; None if the loss has no target.
@@ -72,7 +81,7 @@ def checked_axis(name: str, rank: int, axis: int) -> int:
 def _energy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
     """L = 1/2 sum (mu - y)^2;  dL/dmu = mu - y."""
     eps = op.Sub(mu, y)
-    return op.Mul(op.ReduceSumSquare(eps, keepdims=0), 0.5), eps
+    return op.Mul(op.ReduceSumSquare(eps, keepdims=0), 0.5), eps, None
 
 
 def _mse(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -80,7 +89,7 @@ def _mse(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
     difference = op.Sub(mu, y)
     n = op.count(mu, op.dtype(mu))
     loss = op.Div(op.ReduceSumSquare(difference, keepdims=0), n)
-    return loss, op.Mul(difference, op.Div(op.scalar_like(2, mu), n))
+    return loss, difference, op.Div(op.scalar_like(2, mu), n)
 
 
 def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -99,7 +108,7 @@ def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -
     loss = op.Mul(op.ReduceSum(picked, keepdims=0), op.Div(op.scalar_like(-1, mu), n))
     minus_one = op.Expand(op.scalar_like(-1, mu), op.shape_of(index))
     difference = op.ScatterElements(op.Exp(log_p), index, minus_one, axis=axis, reduction="add")
-    return loss, op.Mul(difference, op.Div(op.scalar_like(1, mu), n))
+    return loss, difference, op.Div(op.scalar_like(1, mu), n)
 
 
 def _bce_with_logits(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -107,7 +116,7 @@ def _bce_with_logits(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int)
     n = op.count(mu, op.dtype(mu))
     softplus = op.Add(op.Relu(mu), op.Log(op.Add(op.Exp(op.Neg(op.Abs(mu))), 1.0)))
     loss = op.Div(op.ReduceSum(op.Sub(softplus, op.Mul(y, mu)), keepdims=0), n)
-    return loss, op.Mul(op.Sub(op.Sigmoid(mu), y), op.Div(op.scalar_like(1, mu), n))
+    return loss, op.Sub(op.Sigmoid(mu), y), op.Div(op.scalar_like(1, mu), n)
 
 
 def _none(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -124,7 +133,7 @@ def _none(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted
             hint="Choose another loss, or an output of one element.",
         )
     loss = mu if dims == [] else op.Reshape(mu, op.constant(np.zeros(0, np.int64)))
-    return loss, op.Expand(op.scalar_like(1, mu), op.shape_of(mu))
+    return loss, op.Expand(op.scalar_like(1, mu), op.shape_of(mu)), None
 
 
 LOSSES: dict[str, Loss] = {

@@ -545,7 +545,11 @@ def infer_types(
     """dtype and shape of each output of one node, by onnx's inference; (None, None) where it cannot tell."""
     unknown: list[tuple[np.dtype | None, list[int | str | None] | None]] = [(None, None)] * len(node.outputs)
     if node.domain not in (None, "", "ai.onnx"):
-        return unknown
+        from zilc import foreign
+
+        made_of = foreign.infer_types(node)
+        known = [tuple(t) for t in made_of or []][: len(node.outputs)]
+        return [*known, *unknown[len(known) :]]  # type: ignore[list-item]
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")
         with _quiet():

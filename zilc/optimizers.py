@@ -14,7 +14,7 @@ from zilc.errors import OptionError
 
 Slots = dict[str, gs.Tensor]
 Updated = tuple[gs.Tensor, Slots]
-Update = Callable[["Optimizer", Emitter, gs.Tensor, gs.Tensor, Slots, gs.Tensor, gs.Tensor | None], Updated]
+Update = Callable[["Optimizer", Emitter, gs.Tensor, gs.Tensor, Slots, gs.Tensor | None, gs.Tensor | None], Updated]
 Option = float | bool | tuple[float, ...]
 
 
@@ -33,15 +33,20 @@ class Optimizer:
     counts: bool
     _update: Update = field(repr=False)
 
+    @property
+    def linear(self) -> bool:
+        """The update is p - lr g: what scales every error scales every update alike."""
+        return self.name == "sgd" and not self.options["weight_decay"] and not self.options["maximize"]
+
     def update(
-        self, op: Emitter, p: gs.Tensor, g: gs.Tensor, slots: Slots, lr: gs.Tensor, step: gs.Tensor | None
+        self, op: Emitter, p: gs.Tensor, g: gs.Tensor, slots: Slots, lr: gs.Tensor | None, step: gs.Tensor | None
     ) -> tuple[gs.Tensor, Slots]:
         """The parameter's next value, and each slot's.
 
         Args:
             p, g: parameter and gradient, of one shape and dtype.
             slots: this parameter's slots by name.
-            lr: learning rate, shape [].
+            lr: learning rate, shape []; None where ``g`` holds it already (only if ``linear``).
             step: int64, shape []; None unless ``counts``.
         """
         return self._update(self, op, p, g, slots, lr, step)
@@ -64,7 +69,7 @@ def _sgd(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step:
             buffer = op.Where(op.Equal(step, op.constant(np.asarray(0, np.int64))), g, buffer)
         following["momentum_buffer"] = buffer
         g = op.Add(g, op.Mul(buffer, momentum)) if o.options["nesterov"] else buffer
-    return op.Sub(p, op.Mul(g, op.cast(lr, op.dtype(p)))), following
+    return op.Sub(p, g if lr is None else op.Mul(g, op.cast(lr, op.dtype(p)))), following
 
 
 def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step: Any) -> tuple[gs.Tensor, Slots]:

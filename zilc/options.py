@@ -14,7 +14,9 @@ LOSSES = ("energy", "mse", "cross-entropy", "bce-with-logits", "none")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 PLACEMENTS = ("edge", "shared", "min", "min-bytes")
 #: The options that say how the dynamics run, as keyword arguments of the library.
-DYNAMICS = ("algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions")
+DYNAMICS = (
+    "algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions", "mode",
+)  # fmt: skip
 
 
 class Pair(click.ParamType):
@@ -80,7 +82,11 @@ selection = _apply(
     ]
 )  # fmt: skip
 
-#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``,
+_mode = click.option("--mode", type=click.Choice(["eval", "train"]), default="eval", show_default=True,
+                     help="BatchNormalization and Dropout as the file has them, or turned to training: batch "
+                          "statistics and masks.")  # fmt: skip
+
+#: What the update is: gives ``loss``, ``class_axis``, ``optimizer``, ``opt``, ``outputs``, ``algorithm``, ``mode``,
 #: ``identities``, and how the dynamics run: ``schedule``, ``steps``, ``gamma``, ``update_at``, ``init_noise`` and
 #: ``fixed_predictions``.
 training = _apply(
@@ -111,10 +117,61 @@ training = _apply(
                      help="Update each parameter at the step of its level, or all at the last (literal schedule)."),
         click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
                      help="Standard deviation of noise on the initial value nodes (literal schedule)."),
+        _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
     ]
 )  # fmt: skip
+
+#: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
+tracing = _apply(
+    [
+        click.option("--algorithm", type=click.Choice(["zil", "il"]), default="zil", show_default=True,
+                     help="Z-IL, or inference learning."),
+        click.option("--loss", multiple=True, type=LossType(),
+                     help="What clamps an output. Default: energy, half the sum of squares."),
+        click.option("--class-axis", type=int, default=-1, show_default=True, metavar="A",
+                     help="Axis of the classes, for cross-entropy."),
+        click.option("--identities", type=click.Choice([*PLACEMENTS, "none"]),
+                     help="Placement of identity vertices.  [default: shared for zil]"),
+        click.option("--steps", type=int, metavar="T", help="Inference steps.  [default: K for zil, 20 for il]"),
+        click.option("--gamma", type=float, metavar="G", help="Integration step.  [default: 1 for zil, 0.1 for il]"),
+        click.option("--update-at", type=click.Choice(["level", "end"]), default="level", show_default=True,
+                     help="Update each parameter at the step of its level, or all at the last."),
+        click.option("--init-noise", type=float, default=0.0, show_default=True, metavar="S",
+                     help="Standard deviation of noise on the initial value nodes."),
+        _mode,
+        click.option("--fixed-predictions", is_flag=True,
+                     help="Keep predictions and derivatives at their forward values."),
+    ]
+)  # fmt: skip
+
+full = click.option("--full", multiple=True, metavar="VERTEX",
+                    help="Trace this vertex with whole tensors, not norms alone; may be repeated.")  # fmt: skip
+
+#: Pictures: gives ``html``, ``svg`` and ``png``.
+pictures = _apply(
+    [
+        click.option("--html", type=click.Path(), metavar="FILE",
+                     help="Write one self-contained page to look at in a browser."),
+        click.option("--svg", type=click.Path(), metavar="FILE", help="Write a vector figure, for a paper."),
+        click.option("--png", type=click.Path(), metavar="FILE", help="Write a bitmap figure, for a slide."),
+    ]
+)  # fmt: skip
+
+
+def _load_rules(ctx: click.Context, _param: click.Parameter, paths: Sequence[str]) -> None:
+    if paths and not ctx.resilient_parsing:
+        from zilc import rules
+
+        ctx.with_resource(rules.scoped())
+        for path in paths:
+            rules.load(path)
+
+
+rules = click.option("--rules", multiple=True, type=click.Path(), metavar="FILE.py", expose_value=False,
+                     callback=_load_rules,
+                     help="Run this Python file first: it registers rules (zilc.rules); may be repeated.")  # fmt: skip
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
@@ -125,6 +182,12 @@ def selection_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`selection`; they are taken out of ``given``."""
     names = {key: list(given.pop(key)) or None for key in ("output", "wrt", "freeze")}
     return {**names, "tie": list(given.pop("tie")), "dims": dict(given.pop("dims")), "opset": given.pop("opset")}
+
+
+def tracing_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the library from the values of :data:`tracing`; they are taken out of ``given``."""
+    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key != "schedule"}
+    return {**plain, "loss": list(given.pop("loss")) or "energy"}
 
 
 def training_of(given: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from zilc import onnx_io, optimizers
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
-from zilc.graph import INSERTED
+from zilc.graph import FROZEN, INSERTED, Dataflow
 from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
@@ -30,6 +31,7 @@ from zilc.passes.parameters import Selection
 from zilc.passes.prepare import Prepared
 from zilc.passes.reverse import reverse_mode
 from zilc.passes.simplify import simplify
+from zilc.passes.spell_out import spell_out
 from zilc.passes.training import (
     Clamp,
     Outputs,
@@ -44,6 +46,7 @@ from zilc.report import level_report
 
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
+Mode = Literal["eval", "train"]
 PLACEMENTS: tuple[Placement, ...] = ("edge", "shared", "min", "min-bytes")
 #: Inference learning by default: the paper's T for its MLP, and a small integration step.
 IL_STEPS, IL_GAMMA = 20, 0.1
@@ -68,11 +71,35 @@ class Levelized:
         model: the levelled model; with ``identities="none"``, the prepared model without them.
         levels: level of each vertex, leaf levels under their tensors' names.
         report: the level structure as data (what ``zilc levelize --json`` prints).
+        picture: the levelled graph with a place for every vertex, as data (:mod:`zilc.picture`).
     """
 
     model: onnx.ModelProto
     levels: dict[str, int]
     report: dict[str, Any]
+    flow: Dataflow = field(repr=False)
+
+    @cached_property
+    def picture(self) -> dict[str, Any]:
+        from zilc import picture
+
+        return picture.draw(self.flow, self.report)
+
+    def html(self, traces: Sequence[Any] = ()) -> str:
+        """One self-contained page: the graph level by level, and the energies of ``traces`` if there are any."""
+        from zilc import page
+
+        return page.page(self.picture, traces)
+
+    def figure(self, kind: Literal["svg", "png"] = "svg") -> bytes:
+        """The graph level by level as a figure.
+
+        Raises:
+            RuntimeMissing: matplotlib is not installed.
+        """
+        from zilc import figures
+
+        return figures.levels(self.picture, kind)
 
 
 def levelize(
@@ -123,14 +150,14 @@ def levelize(
     annotate_forward(graph, flow, levels)
     proto = _finish(graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
-    return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS))
+    return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS), flow)
 
 
 # --- emit_training --------------------------------------------------------------------------------------------
 
 
 class State(Mapping[str, np.ndarray]):
-    """Initial parameters, slots and step of a training graph; arrays are read when asked for."""
+    """Initial parameters, slots, step and running statistics of a training graph; arrays are read when asked for."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._loaders = dict(loaders)
@@ -187,6 +214,8 @@ def emit_training(
     update_at: Literal["level", "end"] = "level",
     init_noise: float = 0.0,
     fixed_predictions: bool = False,
+    mode: Mode = "eval",
+    trace: bool | Sequence[str] = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -219,6 +248,12 @@ def emit_training(
         update_at: ``level`` reads a leaf's gradient at step l - 1, ``end`` reads all at the last step.
         init_noise: standard deviation of noise on the initial value nodes.
         fixed_predictions: predictions and derivatives stay at their forward values.
+        mode: ``eval`` trains the model as the file has it.  ``train`` turns BatchNormalization to batch statistics,
+            its running ones carried (``carried`` in the signature), and Dropout to one mask an update, drawn from the
+            inputs ``seed`` and ``step``: see :func:`zilc.passes.train_mode.train_mode`.
+        trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
+            of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
+            signature's ``trace`` names the outputs.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -226,9 +261,15 @@ def emit_training(
     """
     _one_of("--outputs", outputs, ("next", "grad", "both"))
     _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
+    _one_of("--mode", mode, ("eval", "train"))
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
+    full = None if trace is False else [] if trace is True else name_list(trace)
+    if full is not None and plan.literal is None:
+        raise OptionError(
+            "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
+        )
     chosen_optimizer = optimizers.make(optimizer, options)
-    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, base_dir=base_dir)
+    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir)
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where)
@@ -251,8 +292,14 @@ def emit_training(
         ],
         outputs=outputs,
         optimizer=chosen_optimizer,
+        linear=plan.literal is None,
+        mode=found.mode,
     )
+    for node in graph.nodes:
+        if getattr(node, FROZEN, False):
+            training.op.adopt(node)  # rules ask for batch statistics, which are there
     make_extra_outputs(training.op, flow, reached)
+    traced = None
     if algorithm == "bp":
         reverse_mode(training, flow, found.levels, leaves)
     elif plan.literal is None:
@@ -260,9 +307,13 @@ def emit_training(
     else:
         # On the training graph's own forward part, whose vertices make the optional outputs that rules read.
         dynamics = _dynamics(found, graph, plan)
-        emit_literal(training, dynamics, leaves, plan.settled(dynamics.levels.depth))
-    graph = simplify(training.finish())
+        how = plan.settled(dynamics.levels.depth)
+        emitted = emit_literal(training, dynamics, leaves, how, full=full)
+        traced = None if emitted is None else emitted.signature(how.steps)
+    graph = simplify(spell_out(training.op, training.finish()), updates=outputs == "next")
     made = _signature(training, found, chosen, algorithm, plan)
+    if traced is not None:
+        made["trace"] = traced
     renamed = {training_name: name for name, training_name in _statename_list(training, chosen).items()}
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
@@ -276,6 +327,11 @@ def emit_training(
     report["losses"] = losses
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
     initial = State({name: state[own] for name, own in renamed.items()})
+    report["mode"] = mode
+    report["turned"] = {
+        "BatchNormalization": list(found.mode.batch_normalizations) if found.mode else [],
+        "Dropout": list(found.mode.dropouts) if found.mode else [],
+    }
     return TrainingStep(proto, made, initial, report, found.prepared.source, dict(found.prepared.ties))
 
 
@@ -423,7 +479,7 @@ def _refuse_softmax(name: str, node: gs.Node | None, producers: Mapping[str, gs.
 def _state(
     found: Structure, chosen: Selection, optimizer: optimizers.Optimizer | None
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Loaders by (parameter), (parameter, slot) and step, under the names of the source model."""
+    """Loaders by (parameter), (parameter, slot), step and (running statistic), under the names of the source model."""
     loaders: dict[str, Callable[[], np.ndarray]] = {}
     for name in chosen.parameters:
         tensor = found.flow.tensors[name]
@@ -431,7 +487,9 @@ def _state(
         loaders[name] = _loader(held)
         for slot in optimizer.slots if optimizer else ():
             loaders[f"{name}\0{slot}"] = _zeros(shape, dtype)
-    if optimizer and optimizer.counts:
+    for name in found.mode.carried if found.mode else ():
+        loaders[name] = _loader(found.flow.tensors[name]._values)
+    if (optimizer and optimizer.counts) or (found.mode and found.mode.step):
         loaders["\0step"] = lambda: np.asarray(0, np.int64)
     return loaders
 
@@ -452,6 +510,7 @@ def _statename_list(training: TrainingGraph, chosen: Selection) -> dict[str, str
         names[name] = name
         for entry in leaf.state:
             names[f"{name}\0{entry['slot']}"] = entry["name"]
+    names.update((entry["name"], entry["name"]) for entry in training.carried)
     if training.step is not None:
         names["\0step"] = training.step.name
     return names
@@ -469,13 +528,14 @@ def _signature(
         "zilc": version(),
         "algorithm": algorithm,
         "schedule": plan.schedule,
+        "mode": "eval" if found.mode is None else "train",
         "identities": plan.identities,
         "levels": found.levels.depth,
         "inputs": training.model_inputs,
         "targets": [{**entry, "name": entry["name"] or None} for entry in training.targets],
         "lr": training.lr.name if training.lr is not None else None,
         "step": step,
-        "seed": None,
+        "seed": training.seed.name if training.seed is not None else None,
         "loss": training.loss,
         "predictions": predictions,
         "parameters": [
@@ -486,7 +546,7 @@ def _signature(
         "input_grads": [
             {"name": n, "level": training.leaves[n].level, "grad": training.leaves[n].grad} for n in chosen.inputs
         ],
-        "carried": [],
+        "carried": training.carried,
     }
 
 

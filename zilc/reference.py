@@ -21,6 +21,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.aionnx_preview_training.op_adam import Adam as SinglePrecisionAdam
 from onnx.reference.ops.op_grid_sample import GridSample as SinglePrecisionGridSample
 
+from zilc import foreign
 from zilc.reference_recurrent import RECURRENT
 
 
@@ -180,4 +181,4 @@ REPAIRED: list[type[OpRun]] = [
 
 def evaluator(model: onnx.ModelProto, **options: Any) -> ReferenceEvaluator:
     """An evaluator of ``model`` that takes the repaired operators."""
-    return ReferenceEvaluator(model, new_ops=REPAIRED, **options)
+    return ReferenceEvaluator(model, new_ops=[*REPAIRED, *foreign.evaluated(model)], **options)

@@ -14,6 +14,7 @@ from zilc.analysis import Structure, placed
 from zilc.passes import identities
 from zilc.passes.identities import Placement
 from zilc.passes.parameters import Selection
+from zilc.passes.train_mode import TrainMode
 
 
 def level_report(
@@ -84,16 +85,7 @@ def level_report(
 def notes(found: Structure, chosen: Selection | None) -> list[str]:
     """What the user should know about the file: ties, merges, operators in inference form."""
     lines = list(found.prepared.notes)
-    ops = [n.op for n in found.graph.nodes]
-    if "BatchNormalization" in ops:
-        count = ops.count("BatchNormalization")
-        lines.append(f"{count} BatchNormalization vertices use their running statistics, which stay as they are")
-    elif any(op in ("Conv", "ConvTranspose") for op in ops):
-        lines.append(
-            "no BatchNormalization in the file: exporters fold it into Conv when they export in inference mode"
-        )
-    if "Dropout" in ops:
-        lines.append(f"{ops.count('Dropout')} Dropout vertices pass everything, as in inference")
+    lines += _inference_form(found) if found.mode is None else _training_form(found.mode)
     if chosen:
         merged = [n for n in chosen.parameters if len(found.flow.readers.get(n, ())) > 1]
         for name in merged[:8]:
@@ -107,6 +99,69 @@ def notes(found: Structure, chosen: Selection | None) -> list[str]:
         lines += _looks_tied(found, chosen)
     for b, (a, transposed) in found.prepared.ties.items():
         lines.append(f"'{b}' is tied to '{a}'{' (transposed)' if transposed else ''}")
+    return lines
+
+
+def _inference_form(found: Structure) -> list[str]:
+    """Operators that differ between training and inference, as the file has them."""
+    lines = []
+    ops = [n.op for n in found.graph.nodes]
+    own = sum(1 for n in found.graph.nodes if n.op == "BatchNormalization" and n.attrs.get("training_mode"))
+    if own:
+        lines.append(
+            f"{own} BatchNormalization vertices are in training form in the file: they take batch statistics, and "
+            "their running ones stay as they are; --mode train carries them"
+        )
+    if ops.count("BatchNormalization") > own:
+        count = ops.count("BatchNormalization") - own
+        lines.append(f"{count} BatchNormalization vertices use their running statistics, which stay as they are")
+    elif not own and any(op in ("Conv", "ConvTranspose") for op in ops):
+        lines.append(
+            "no BatchNormalization in the file: exporters fold it into Conv when they export in inference mode"
+        )
+    drawn = sum(1 for n in found.graph.nodes if n.op == "Dropout" and _draws(n))
+    if drawn:
+        lines.append(
+            f"{drawn} Dropout vertices are in training form in the file: the runtime draws their masks, others each "
+            "time; --mode train draws them from a seed"
+        )
+    if ops.count("Dropout") > drawn:
+        lines.append(f"{ops.count('Dropout') - drawn} Dropout vertices pass everything, as in inference")
+    return lines
+
+
+def _draws(node: gs.Node) -> bool:
+    """A Dropout whose training_mode is on, or decided at run time."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return False
+    return not isinstance(node.inputs[2], gs.Constant) or bool(np.any(onnx_io.values(node.inputs[2])))
+
+
+def _training_form(mode: TrainMode) -> list[str]:
+    """What the training mode turned, or that there was nothing."""
+    lines = []
+    if mode.batch_normalizations:
+        lines.append(
+            f"{len(mode.batch_normalizations)} BatchNormalization vertices take batch statistics; their running ones "
+            f"({len(mode.carried)} tensors) are carried"
+        )
+    if mode.dropouts:
+        lines.append(
+            f"{len(mode.dropouts)} Dropout vertices drop by a mask an update, drawn from '{mode.seed}', '{mode.step}', "
+            "the vertex and the element"
+        )
+    if mode.split:
+        shown = ", ".join(f"'{name}' (in the file: '{shared}')" for name, shared in list(mode.split.items())[:4])
+        more = f" and {len(mode.split) - 4} more" if len(mode.split) > 4 else ""
+        lines.append(
+            "running statistics that shared a tensor with something else, as exporters merge equal constants, have "
+            f"one of their own: {shown}{more}"
+        )
+    if not mode.turned:
+        lines.append(
+            "--mode train has nothing to turn: the file holds no BatchNormalization, and no Dropout that drops "
+            "anything; exporters fold the one into Conv and leave the other out when they export in inference mode"
+        )
     return lines
 
 

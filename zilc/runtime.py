@@ -25,7 +25,7 @@ from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource
 from zilc.pipeline import TrainingStep
 from zilc.providers import CUDA, Providers, choose_providers
-from zilc.session import Buffer, Outputs, forward_part, make_session, run_error
+from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, run_error
 from zilc.trained import Ties, export_trained
 
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
@@ -60,7 +60,8 @@ class Trainer:
         lr: learning rate; ``trainer.lr = x`` changes it between steps.
         providers: onnxruntime's execution providers; by default CUDA where it runs, else the CPU.
         state: initial state instead: a mapping, or the path of a safetensors file.
-        seed: fed to graphs that take a seed, plus the number of updates done.
+        seed: fed to graphs that take a seed: the same in every step where they count steps, else plus the number of
+            updates done.  Who resumes gives the same seed again: it is no part of the state.
 
     Attributes:
         signature: the training graph's interface.
@@ -238,7 +239,8 @@ class Trainer:
         self._feed(feeds)
         if self.signature["seed"]:
             seed = self.signature["seed"]
-            self._scalars[seed].write(np.asarray(self._seed + self.updates, self._specs([seed])[seed].dtype))
+            value = self._seed if self.signature["step"] else self._seed + self.updates
+            self._scalars[seed].write(np.asarray(value, self._specs([seed])[seed].dtype))
         binding = self._bindings[self._side]
         try:
             self._session.run_with_iobinding(binding)
@@ -297,6 +299,8 @@ class Trainer:
 
     def evaluate(self, feeds: Mapping[str, Any]) -> Evaluation:
         """Loss and predictions with the present parameters; nothing is updated, and only the forward pass is run.
+
+        It is in inference form whatever the mode: with the present running statistics, and without masks.
 
         Raises:
             DataError: as :meth:`step`.
@@ -384,7 +388,9 @@ class Trainer:
     def export(
         self, path: str | os.PathLike[str], *, model: ModelSource | None = None, ties: Ties | None = None
     ) -> None:
-        """Write the original model with the trained weights; everything else in it stays as it was.
+        """Write the original model with the trained weights and running statistics; all else stays as it was.
+
+        What the training mode turned is in the form that the file gave it, as a rule that of inference.
 
         Args:
             path: the file; it may be the original's own.
@@ -406,7 +412,8 @@ class Trainer:
                 hint="Pass it: trainer.export(path, model='MODEL.onnx').",
             )
         now = self._sides[self._side]
-        export_trained(source, {p["name"]: now[p["name"]].read() for p in self.signature["parameters"]}, tied, path)
+        names = [entry["name"] for entry in (*self.signature["parameters"], *self.signature["carried"])]
+        export_trained(source, {name: now[name].read() for name in names}, tied, path)
 
 
 class _Evaluator:
@@ -416,7 +423,7 @@ class _Evaluator:
         signature = trainer.signature
         self._predictions = [n for n in signature["predictions"] if n in {o.name for o in trainer._model.graph.output}]
         self._loss = signature["loss"]
-        model = forward_part(trainer._model, [self._loss, *self._predictions])
+        model = forward_part(inference_form(trainer._model), [self._loss, *self._predictions])
         self._session = trainer._open_session(model)
         self._inputs = [i.name for i in model.graph.input]
         self._device, self._scalars = trainer._device, trainer._scalars

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper
+import onnx.numpy_helper
 
 from zilc import onnx_io
 from zilc.errors import DataError, ModelError
+from zilc.graph import INFERENCE
 from zilc.providers import Providers, import_onnxruntime
 
 
@@ -123,6 +127,47 @@ def forward_part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelPro
     made.graph.initializer.extend(t for t in graph.initializer if t.name in live)
     made.graph.input.extend(i for i in graph.input if i.name in live)
     made.graph.output.extend(o for o in graph.output if o.name in set(wanted))
+    return made
+
+
+def inference_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A training graph of ``--mode train`` whose forward part is in inference form again.
+
+    A node with ``zilc.inference`` in its metadata makes something else there: ``{"input": NAME, "axes": [...],
+    "dtype": N}``, running statistics in place of the batch's, is Unsqueeze(NAME, axes) of ONNX's element type N;
+    ``{"value": 1, "dtype": N}``, in place of a mask, is that number, with ``"shape_of": NAME`` as many as NAME holds.
+    A graph without such nodes is returned as it is.
+    """
+    marked = {
+        node.output[0]: json.loads(entry.value)
+        for node in model.graph.node
+        for entry in node.metadata_props
+        if entry.key == INFERENCE
+    }
+    if not marked:
+        return model
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    del graph.node[:], graph.value_info[:]
+    for node in model.graph.node:
+        facts = marked.get(node.output[0])
+        if facts is None:
+            graph.node.append(node)
+            continue
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(facts["dtype"])
+        if "value" in facts:
+            one = node.output[0] if "shape_of" not in facts else f"{node.output[0]}/one"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(facts["value"], dtype), one))
+            if "shape_of" in facts:
+                shape = f"{node.output[0]}/shape"
+                graph.node.append(onnx.helper.make_node("Shape", [facts["shape_of"]], [shape]))
+                graph.node.append(onnx.helper.make_node("Expand", [one, shape], [node.output[0]]))
+            continue
+        axes, cast = f"{node.output[0]}/axes", f"{node.output[0]}/running"
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(facts["axes"], np.int64), axes))
+        graph.node.append(onnx.helper.make_node("Cast", [facts["input"]], [cast], to=facts["dtype"]))
+        graph.node.append(onnx.helper.make_node("Unsqueeze", [cast, axes], [node.output[0]]))
     return made
 
 

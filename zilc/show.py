@@ -101,7 +101,7 @@ def _plain(data: Any) -> Any:
 # --- levelize -------------------------------------------------------------------------------------------------
 
 
-def levels(page: Page, report: Mapping[str, Any], written: str | None = None) -> None:
+def levels(page: Page, report: Mapping[str, Any], written: Sequence[str] = ()) -> None:
     """What ``zilc levelize`` prints."""
     page.facts(
         {
@@ -144,8 +144,12 @@ def levels(page: Page, report: Mapping[str, Any], written: str | None = None) ->
     )  # fmt: skip
     _left_out(page, report)
     _notes(page, report)
+    _written(page, written)
+
+
+def _written(page: Page, written: Sequence[str]) -> None:
     if written:
-        page.table("written", [], [[written]])
+        page.table("written", [], [[path] for path in written])
 
 
 def level_rows(per_level: Sequence[Mapping[str, int]], most: int = MOST_LEVELS) -> list[list[Any]]:
@@ -214,6 +218,7 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
         "model": report["model"],
         "algorithm": signature["algorithm"],
         "schedule": signature["schedule"],
+        "mode": signature["mode"],
         "identities": signature["identities"],
         "K": signature["levels"],
         "loss": ", ".join(f"{kind} of {name}" for name, kind in report["losses"].items()),
@@ -284,6 +289,38 @@ def trained(page: Page, history: Sequence[Mapping[str, Any]], written: str) -> N
     page.facts({**last, "seconds": f"{sum(e['seconds'] for e in history):.2f}", "written": written})
 
 
+# --- trace ----------------------------------------------------------------------------------------------------
+
+#: More steps than this are shown in part.
+MOST_STEPS = 40
+
+
+def trace(page: Page, data: Mapping[str, Any], written: Sequence[str]) -> None:
+    """What ``zilc trace`` prints."""
+    page.facts(
+        {
+            "model": data["model"],
+            "algorithm": data["algorithm"],
+            "identities": f"{data['identities']}, {data['identities_inserted']} vertices",
+            "K": data["levels"],
+            "inference steps": data["steps"],
+            "gamma": data["gamma"],
+            "ran in": data["executor"],
+        }
+    )
+    rows = data["states"]
+    shown = rows
+    if len(rows) > MOST_STEPS:
+        shown = rows[: MOST_STEPS - 8] + rows[-8:]
+    title = "steps" if len(shown) == len(rows) else f"steps ({len(shown)} of {len(rows)})"
+    page.table(
+        title, ["t#", "energy#", "highest level with an error#", "parameters that learn#"],
+        [[s["step"], s["energy"], s["reached"], s["learning"]] for s in shown],
+    )  # fmt: skip
+    _notes(page, data)
+    _written(page, written)
+
+
 # --- verify, ops ----------------------------------------------------------------------------------------------
 
 
@@ -298,20 +335,61 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
             "training graphs ran in": ran["training"],
             "differences ran in": ran["differences"],
             "tolerance": f"{data['tolerance']:g} against central differences in float64",
+            "differences of": data["differences_of"],
         }
     )
     page.table(
         "parameters",
         ["name", "level#", f"{name} and BP", "gradient norm#", "directions#", "error#"],
         [
-            [p["name"], p["level"], "bits equal" if p["bits_equal"] else f"differ by up to {p['max_ulp']} ulp",
+            [p["name"], p["level"], "bits equal" if p["bits_equal"] else f"differ by {_share(p['divergence'])}",
              p["gradient_norm"], p["directions"], p["max_error"]]
             for p in data["parameters"]
         ],
     )  # fmt: skip
     page.line()
     page.line(f"{name} equals BP bit for bit: {'yes' if data['zil_equals_bp'] else 'no'}")
+    if not data["zil_equals_bp"]:
+        page.line(f"distance of {name}'s update from BP's, relative to BP's: {_share(data['divergence'])}")
     page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
+
+
+def certificate(page: Page, data: Mapping[str, Any], written: Sequence[str]) -> None:
+    """What ``zilc verify --certificate`` prints."""
+    mode = data["independent"]
+    uncovered = [f"{p}: {mode[p]['reason']}" for p in ("float64", "float32") if not mode[p]["covered"]]
+    page.facts(
+        {
+            "model": data["model"]["name"],
+            "SHA-256": data["model"]["sha256"],
+            "K": data["structure"]["levels"],
+            "identities": ", ".join(f"{k} {c['vertices']}" for k, c in data["structure"]["identities"].items()),
+            "independent reverse mode": "; not covered, ".join([mode["library"], *uncovered]),
+        }
+    )
+    verdicts = {True: "passed", False: "FAILED", None: "not made"}
+    page.table(
+        "checks",
+        ["measured#", "bound#", "result", "what"],
+        [[c["measured"], c["bound"], verdicts[c["passed"]], c["text"]] for c in data["checks"]],
+    )
+    if data["settings"]["ablations"]:
+        page.table(
+            "distance of the update from BP's, relative to BP's",
+            ["variant", "float64#", "float32#", "theory"],
+            [
+                [v["title"], *(_share(v["divergence"][p]["bp"]) for p in ("float64", "float32")),
+                 "" if v["claim"] == "none" else f"{len(v['against_theory'])} off" if v["against_theory"] else "holds"]
+                for v in data["variants"]
+            ],
+        )  # fmt: skip
+    page.table("written", [], [[path] for path in written])
+    page.line()
+    page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
+
+
+def _share(value: float | None) -> str:
+    return f"{value:.3g}" if value is not None and math.isfinite(value) else "not finite"
 
 
 def operators(page: Page, data: Mapping[str, Any]) -> None:

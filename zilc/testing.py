@@ -11,7 +11,7 @@ import onnx.helper
 import onnx.reference
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import foreign, onnx_io
 from zilc.emit import Emitter
 from zilc.vjp import inner, table
 
@@ -25,6 +25,8 @@ def op_model(
     outputs: int = 1,
     symbolic: bool = False,
     constant: Sequence[int] = (),
+    domain: str = "",
+    executor: str = "reference",
 ) -> onnx.ModelProto:
     """A model of one operator.
 
@@ -33,6 +35,8 @@ def op_model(
             reads by its name (``x0``, ``x1`` …) is captured, not listed.
         symbolic: every dimension of every graph input is symbolic.
         constant: operands that are initializers instead of graph inputs.
+        domain: a custom operator's; its version is 1.
+        executor: who tells the type of an output that inference leaves open.
     """
     names = [f"x{i}" if x is not None else "" for i, x in enumerate(inputs)]
     infos, initializers = [], []
@@ -49,16 +53,18 @@ def op_model(
     subgraphs = [value for value in (attrs or {}).values() if isinstance(value, onnx.GraphProto)]
     captured = {name for value in subgraphs for name in _read(value) if name}
     listed = [name for name in names if name not in captured]
-    node = onnx.helper.make_node(op_type, listed, results, name="node", **(attrs or {}))
+    node = onnx.helper.make_node(op_type, listed, results, name="node", domain=domain, **(attrs or {}))
     empty = [onnx.helper.make_empty_tensor_value_info(name) for name in results]
     graph = onnx.helper.make_graph([node], "op", infos, empty, initializers)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+    versions = [onnx.helper.make_opsetid("", opset), *([onnx.helper.make_opsetid(domain, 1)] if domain else [])]
+    model = onnx.helper.make_model(graph, opset_imports=versions, ir_version=10)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    foreign.add_types(inferred)
     if any(not y.type.tensor_type.HasField("shape") for y in inferred.graph.output):
         # A rank that is settled at run time: graph outputs must state it, so it is taken from a run.
         feeds = {f"x{i}": x for i, x in enumerate(inputs) if x is not None and i not in constant}
-        for k, (y, value) in enumerate(zip(inferred.graph.output, run(inferred, feeds), strict=True)):
-            kind = y.type.tensor_type.elem_type
+        for k, (y, value) in enumerate(zip(inferred.graph.output, run(inferred, feeds, executor), strict=True)):
+            kind = y.type.tensor_type.elem_type or onnx.helper.np_dtype_to_tensor_dtype(np.asarray(value).dtype)
             dims = [f"y{k}_{axis}" for axis in range(np.ndim(value))]
             y.CopyFrom(onnx.helper.make_tensor_value_info(y.name, kind, dims))
         del inferred.graph.value_info[:]
@@ -144,13 +150,17 @@ def check_vjp(
     directions: int = 3,
     executor: str = "reference",
     seed: int = 0,
+    domain: str = "",
 ) -> None:
-    """Hold a rule against central differences in float64, by inner products along random directions.
+    """Hold a rule against central differences, by inner products along random directions.
 
     For each differentiable operand x and random v, g: <vjp(g), v> = <g, (f(x + hv) - f(x - hv)) / 2h>.
 
     Args:
+        op_type: the operator; ``domain`` where it is a custom one.
+        inputs: one array an operand, float64 where an executor has float64 kernels; None for an absent one.
         rtol: allowed difference relative to |vjp(g)| |v|.
+        step: of the differences: 1e-5 in float64; in float32 about 1e-2, with an rtol of 1e-2.
         operands: restrict to these operands; each must have a formula.
         executor: "reference" or "onnxruntime".
 
@@ -158,7 +168,10 @@ def check_vjp(
         AssertionError: an operand's VJP is off, has the wrong shape, or nothing was checked.
     """
     rng = np.random.default_rng(seed)
-    forward = op_model(op_type, inputs, attrs, opset=opset, outputs=outputs, symbolic=symbolic, constant=constant)
+    forward = op_model(
+        op_type, inputs, attrs, opset=opset, outputs=outputs, symbolic=symbolic, constant=constant, domain=domain,
+        executor=executor,
+    )  # fmt: skip
     backward = vjp_model(forward, operands=operands)
     feeds = {f"x{i}": x for i, x in enumerate(inputs) if x is not None and i not in constant}
     y = run(forward, feeds, executor)

@@ -69,7 +69,7 @@ def train(
         out: the trained ONNX model.
         val: held-out data, looked at after each epoch.
         device: auto, cpu or cuda.
-        seed: of the order of examples.
+        seed: of the order of examples, and of Dropout's masks (``mode="train"``).
         on_start: called with the trainer, the device's line and the notes before the first update.
         on_batch, on_epoch: see :meth:`zilc.runtime.Trainer.fit`.
         options: of :func:`zilc.emit_training`.
@@ -150,9 +150,10 @@ def _check_inputs(source: Source, files: list[DataSource]) -> None:
 def _check_finite(trainer: Trainer) -> None:
     """The last loss was computed before the last update, which may have gone wrong all the same."""
     state = trainer.state
-    for entry in trainer.signature["parameters"]:
+    signature = trainer.signature
+    for entry in (*signature["parameters"], *signature["carried"]):
         if not np.isfinite(state[entry["name"]].astype(np.float64, copy=False)).all():
             raise DataError(
-                f"parameter '{entry['name']}' is not finite after the last update",
+                f"'{entry['name']}' is not finite after the last update",
                 hint=f"Try a learning rate below {trainer.lr:g}.",
             )

@@ -50,7 +50,8 @@ def with_values(source: Source, values: Mapping[str, np.ndarray], ties: Ties) ->
         if a in values:
             wanted[b] = np.asarray(values[a]).T if transposed else np.asarray(values[a])
     proto = source.proto
-    if any(name not in _places(proto.graph) for name in wanted):
+    running = {name for name in wanted if _running(proto.graph, name) is not None}
+    if any(name not in _places(proto.graph) for name in wanted if name not in running):
         # A parameter inside a function has its name only once the function is inlined.
         proto = inline_functions(source)
     made = onnx.ModelProto()
@@ -58,6 +59,10 @@ def with_values(source: Source, values: Mapping[str, np.ndarray], ties: Ties) ->
     places = _places(made.graph)
     for name, value in wanted.items():
         if name not in places:
+            found = _running(made.graph, name)
+            if found is not None:
+                _add_running(made, *found, name, np.asarray(value))
+                continue
             raise ModelError(
                 f"no parameter '{name}' in the model",
                 where=source.name,
@@ -81,6 +86,33 @@ def _places(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto | onnx.NodePro
             found[node.output[0]] = node
     found.update({t.name: t for t in graph.initializer})
     return found
+
+
+#: Running statistics that share a tensor with something else (see zilc.passes.train_mode): ending of their name, and
+#: which input of a BatchNormalization they are.
+_RUNNING = {".running_mean": 3, ".running_var": 4}
+
+
+def _running(graph: onnx.GraphProto, name: str) -> tuple[onnx.NodeProto, int] | None:
+    """The BatchNormalization whose statistics ``name`` are, and which input, where the file has no such tensor."""
+    if name in _places(graph):
+        return None
+    for ending, index in _RUNNING.items():
+        for node in graph.node:
+            if node.op_type == "BatchNormalization" and name == f"{node.output[0]}{ending}":
+                return node, index
+    return None
+
+
+def _add_running(model: onnx.ModelProto, node: onnx.NodeProto, index: int, name: str, value: np.ndarray) -> None:
+    """An initializer of its own for what the file had in a tensor that others read too."""
+    kind = onnx_io.onnx_dtype(value.dtype)
+    node.input[index] = name
+    made = model.graph.initializer.add(name=name, data_type=kind, dims=value.shape)
+    made.raw_data = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+    if model.ir_version < 4:
+        # Before IR version 4 every initializer is a graph input as well.
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
 
 
 def _expect(name: str, value: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +14,22 @@ from zilc import onnx_io
 from zilc.analysis import Names, Structure, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
-from zilc.feeds import checked_feeds, random_feeds, random_target
+from zilc.feeds import BATCH, STATISTICS_BATCH, arrays, checked_feeds, random_feeds, random_target
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes.precision import to_float64
 from zilc.passes.prepare import inline_functions
-from zilc.pipeline import TrainingStep, emit_training, settle_losses
+from zilc.passes.train_mode import TrainMode
+from zilc.pipeline import Mode, TrainingStep, emit_training, settle_losses
 
 #: Largest directional error accepted, relative to |gradient| |direction|.  Central differences in float64 with a
 #: relative step of 1e-5 are good to about 1e-8; float32 gradients of deep networks reach 1e-3 (ZIL.md, section 8).
 TOLERANCE = {"float64": 1e-5, "float32": 5e-3}
 #: Sizes of a step relative to the parameter's norm.  Where a Relu or a MaxPool switches within a step, an error stays
-#: that is not the gradient's: then a shorter step is taken.  A wrong gradient is wrong along each of them.
-STEPS = (1e-5, 1e-7, 1e-9)
+#: that is not the gradient's: then a shorter step is taken.  Where the gradient is next to zero beside the others', as
+#: that of a bias whose mean the batch takes away again, the loss's rounding swamps a short step: then a longer one is
+#: taken.  A wrong gradient is wrong along each of them.
+STEPS = (1e-5, 1e-3, 1e-7, 1e-9)
+_TRAINING_FORM = "the model in training form: batch statistics, masks held"
 
 
 @dataclass
@@ -56,6 +59,7 @@ def verify(
     tie: Sequence[tuple[str, str]] | Mapping[str, str] = (),
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
+    mode: Mode = "eval",
     precision: Literal["float32", "float64"] = "float32",
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
@@ -67,6 +71,8 @@ def verify(
     """Compare the emitted Z-IL with the emitted BP, and with the model itself, on the same feeds.
 
     Args:
+        mode: with ``train``, differences are of the model in training form, with batch statistics and with the masks
+            of ``seed`` and step 0 held: a function that the file itself does not compute.
         precision: of the training graphs; central differences are always taken in float64.
         inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
         directions: random directions a parameter.
@@ -85,23 +91,24 @@ def verify(
     chosen = double if precision == "float64" else source
     shared: dict[str, Any] = {
         "loss": loss, "class_axis": class_axis, "output": output, "wrt": wrt, "freeze": freeze, "tie": tie,
-        "dims": dims, "opset": opset, "outputs": "grad",
+        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode,
     }  # fmt: skip
     zil = emit_training(chosen, **dynamics, **shared)
     bp = emit_training(chosen, algorithm="bp", **shared)
-    found = structure(double, output=output, dims=dims, tie=tie, opset=opset)
+    found = structure(double, output=output, dims=dims, tie=tie, opset=opset, mode=mode)
     losses = settle_losses(found, loss)
-    forward = _Forward(found, zil)
-    feeds = _feeds(found, inputs, seed, dims or {})
-    targets = _targets(zil, forward, feeds, inputs, losses, class_axis, seed)
+    forward = Forward(found, zil)
+    feeds = feeds_of(found, inputs, seed, dims or {})
+    targets = targets_of(zil, forward, feeds, inputs, losses, class_axis, seed)
 
     run = executor(zil.model)
-    got = _gradients(run, zil, {**feeds, **targets}, precision)
-    other = _gradients(executor(bp.model, prefer=_kind(run)), bp, {**feeds, **targets}, precision)
+    got = gradients_of(run, zil, {**feeds, **targets}, precision)
+    other = gradients_of(executor(bp.model, prefer=kind_of(run)), bp, {**feeds, **targets}, precision)
 
     leaves = [*zil.signature["parameters"], *zil.signature["input_grads"]]
     rng = np.random.default_rng(seed + 1)
     largest = max((float(np.linalg.norm(np.asarray(g, np.float64))) for g in got.values()), default=0.0)
+    theirs = max((float(np.linalg.norm(np.asarray(g, np.float64))) for g in other.values()), default=0.0)
     rows, done, total = [], 0, 2 * directions * len(leaves)
     for leaf in leaves:
         name, g = leaf["name"], got[leaf["name"]]
@@ -127,6 +134,7 @@ def verify(
                 "level": leaf["level"],
                 "bits_equal": bits_equal(g, other[name]),
                 "max_ulp": max_ulp(g, other[name]),
+                "divergence": divergence(g, other[name], 1e-6 * theirs),
                 "gradient_norm": norm,
                 "directions": directions,
                 "max_error": worst,
@@ -141,9 +149,12 @@ def verify(
             "precision": precision,
             "algorithm": zil.signature["algorithm"],
             "schedule": zil.signature["schedule"],
+            "mode": mode,
+            "differences_of": _TRAINING_FORM if found.mode and found.mode.turned else "the model",
             "levels": zil.signature["levels"],
             "executor": {"training": run.name, "differences": forward.executor.name},
             "zil_equals_bp": equal,
+            "divergence": overall(got, other),
             "tolerance": tolerance,
             "max_error": max((r["max_error"] for r in rows), default=0.0),
             "passed": (equal or literal) and all(r["max_error"] <= tolerance for r in rows),
@@ -157,6 +168,31 @@ def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def divergence(found: np.ndarray, truth: np.ndarray, floor: float = 0.0) -> float:
+    """|found - truth| / max(|truth|, floor), in float64; infinite where ``found`` is not finite (ZIL.md, section 8).
+
+    Args:
+        floor: a gradient that is zero but for rounding has no relative error: a share of the largest one's norm.
+    """
+    a, b = np.asarray(found, np.float64), np.asarray(truth, np.float64)
+    with np.errstate(all="ignore"):
+        off = float(np.linalg.norm(a - b))
+    scale = max(float(np.linalg.norm(b)), floor)
+    if not np.isfinite(off):
+        return float("inf")
+    return off / scale if scale else (0.0 if off == 0.0 else float("inf"))
+
+
+def overall(found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> float:
+    """:func:`divergence` of all parameters laid end to end: how far one update is from another, as a share of it."""
+    with np.errstate(all="ignore"):
+        off = sum(float(np.sum((np.asarray(found[n], "d") - np.asarray(g, "d")) ** 2)) for n, g in truth.items())
+        whole = sum(float(np.sum(np.asarray(g, "d") ** 2)) for g in truth.values())
+    if not np.isfinite(off):
+        return float("inf")
+    return float(np.sqrt(off / whole)) if whole else (0.0 if off == 0.0 else float("inf"))
+
+
 def max_ulp(a: np.ndarray, b: np.ndarray) -> float:
     """The largest distance between entries in units in the last place."""
     if a.size == 0:
@@ -165,15 +201,16 @@ def max_ulp(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.max(np.abs(a - b) / np.spacing(np.maximum(np.abs(a), np.abs(b)))))
 
 
-def _kind(run: Executor) -> str:
+def kind_of(run: Executor) -> str:
     return "onnxruntime" if run.name.startswith("onnxruntime") else "reference"
 
 
-def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
+def gradients_of(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
     """Gradients by leaf name; floating feeds are cast to the training graph's precision."""
     signature = step.signature
     given = {name: np.asarray(value) for name, value in feeds.items()}
-    given.update({p["name"]: np.asarray(step.state[p["name"]]) for p in signature["parameters"]})
+    held = [*signature["parameters"], *signature["carried"]]
+    given.update({entry["name"]: np.asarray(step.state[entry["name"]]) for entry in held})
     if precision == "float32":
         kinds = {i.name: i.type.tensor_type.elem_type for i in step.model.graph.input}
         given = {
@@ -185,39 +222,30 @@ def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray
     return {leaf["name"]: made[leaf["grad"]] for leaf in leaves}
 
 
-def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+def feeds_of(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Inputs in float64.  float32 runs see them rounded, so they are rounded once for both."""
+    mode = found.mode or TrainMode()
+    drawn = {mode.seed: seed, mode.step: 0} if mode.seed else {}
+    own = [t for t in found.graph.inputs if t.name not in drawn]
     if inputs is None:
-        feeds = random_feeds(found.graph, seed, dims)
+        feeds = random_feeds(own, seed, dims, STATISTICS_BATCH if mode.batch_normalizations else BATCH)
     else:
-        arrays, where = _arrays(inputs)
-        feeds = checked_feeds(found.graph, arrays, where)
-    return {n: _rounded(v) for n, v in feeds.items()}
+        feeds = checked_feeds(own, *arrays(inputs))
+    return {
+        **{n: _rounded(v) for n, v in feeds.items()}, **{n: np.asarray(v, np.int64) for n, v in drawn.items() if n}
+    }  # fmt: skip
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
 
 
-def _arrays(inputs: Any) -> tuple[Mapping[str, np.ndarray], str]:
-    if isinstance(inputs, Mapping):
-        return inputs, "inputs"
-    path = Path(inputs)
-    onnx_io.read_bytes(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {n: archive[n] for n in archive.files}, str(path)
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        hint = "Write it with numpy.savez."
-        raise DataError("is not an .npz archive of arrays", where=str(path), hint=hint) from error
-
-
-def _targets(
-    step: TrainingStep, forward: _Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
+def targets_of(
+    step: TrainingStep, forward: Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
     losses: Mapping[str, str], class_axis: int, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     rng = np.random.default_rng(seed + 2)
-    given = _arrays(inputs)[0] if inputs is not None else {}
+    given = arrays(inputs)[0] if inputs is not None else {}
     outputs = forward.outputs(feeds)
     targets = {}
     for entry in step.signature["targets"]:
@@ -232,8 +260,8 @@ def _targets(
     return targets
 
 
-class _Forward:
-    """The model itself in float64, its trained leaves fed from outside."""
+class Forward:
+    """The model itself in float64, in training form if asked, its trained leaves fed from outside."""
 
     def __init__(self, found: Structure, step: TrainingStep) -> None:
         self.outputs_wanted = list(found.outputs)
@@ -243,9 +271,14 @@ class _Forward:
         self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
         #: A tied tensor follows its leaf.
         self.followers = {b: tie for b, tie in found.prepared.ties.items() if tie[0] in self.values}
-        self.executor = executor(_opened(found.prepared.source.proto, self._fed({}), self.outputs_wanted))
+        proto = found.prepared.source.proto
+        if found.mode and found.mode.turned:
+            # In training form, where ties are made already.  What the compiler emits for BatchNormalization has no
+            # part in it: its training form stays one operator here.
+            proto, self.followers = _whole_batch_normalization(onnx_io.to_proto(found.graph)), {}
+        self.executor = executor(opened(proto, self.fed({}), self.outputs_wanted))
 
-    def _fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every opened initializer, some of them moved."""
         values = {**self.values, **{n: v for n, v in moved.items() if n in self.values}}
         for follower, (leaf, transposed) in self.followers.items():
@@ -255,7 +288,7 @@ class _Forward:
     def outputs(self, feeds: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
         """Trained outputs by name, with some parameters or inputs moved."""
         moved = moved or {}
-        given = {**feeds, **{n: v for n, v in moved.items() if n in feeds}, **self._fed(moved)}
+        given = {**feeds, **{n: v for n, v in moved.items() if n in feeds}, **self.fed(moved)}
         return self.executor(given, self.outputs_wanted)
 
     def slope(
@@ -283,10 +316,23 @@ class _Forward:
         return total
 
 
-def _opened(
-    source: onnx.ModelProto, leaves: Mapping[str, np.ndarray], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    """The model with ``leaves`` as graph inputs instead of initializers or constants, and ``outputs`` as outputs."""
+def _whole_batch_normalization(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """All three outputs of the training form, which the operator must have, read or not (in place)."""
+    for node in proto.graph.node:
+        if node.op_type == "BatchNormalization" and len(node.output) == 1:
+            node.output.extend(f"{node.output[0]}/{name}" for name in ("running_mean", "running_var"))
+    return proto
+
+
+def opened(
+    source: onnx.ModelProto, leaves: Mapping[str, np.ndarray], outputs: Sequence[str],
+    kind: int = onnx.TensorProto.DOUBLE,
+) -> onnx.ModelProto:  # fmt: skip
+    """The model with ``leaves`` as graph inputs instead of initializers or constants, and ``outputs`` as outputs.
+
+    Args:
+        kind: element type of the leaves and of outputs that the model has not listed.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(source)
     graph = made.graph
@@ -297,10 +343,10 @@ def _opened(
     listed = {i.name for i in inputs}
     for name, value in leaves.items():
         if name not in listed:
-            inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, value.shape))
+            inputs.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
     for name in outputs:
         if name not in {o.name for o in graph.output}:
-            graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None))
+            graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     for entries, new in ((graph.initializer, kept), (graph.node, nodes), (graph.input, inputs)):
         del entries[:]
         entries.extend(new)

@@ -36,6 +36,7 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
         "transformer",
         {"vocabulary": 11, "length": 5, "d_model": 8, "heads": 2, "d_ff": 9, "layers": 2, "causal": False},
     ),
+    ("decoder", {"vocabulary": 11, "length": 5, "d_model": 12, "heads": 3, "layers": 2}),
     ("digits", {"channels": 4}),
     ("digits", {}),
 ]
@@ -50,6 +51,7 @@ FULL = {
     "resnet18": (11_699_112, ["N", 1000]),  # torchvision's resnet18: 11,689,512, and 9,600 running statistics
     "rnn": (49_408, ["N", 128]),
     "transformer": (32_653_934, ["N", 35, 28782]),
+    "decoder": (5_273_088, ["N", 64, 8192]),  # 8,192 · 256 + 64 · 256, four blocks of 789,760, a norm of 512
     "digits": (17_658, ["N", 10]),
 }
 
@@ -326,7 +328,7 @@ def test_random_targets_suit_the_loss(loss: str) -> None:
             "vgg",
             {},
             "zilc.models.build: no network 'vgg', expected one of: skip, mlp2, mlp3, mlp4, residual, alexnet, "
-            "resnet18, rnn, transformer, digits",
+            "resnet18, rnn, transformer, decoder, digits",
         ),
         ("mlp2", {"dtype": "float16"}, "mlp2: dtype is 'float16', expected 'float32' or 'float64'"),
         ("transformer", {"heads": 7}, "transformer: d_model is 512, expected an even multiple of heads (7)"),

@@ -75,6 +75,11 @@ def _attributes(node: gs.Node, opset: int) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
+def forget() -> None:
+    """The table has changed: what was derived by it is derived anew."""
+    _derive.cache_clear()
+
+
 @lru_cache(maxsize=1024)
 def _derive(op_type: str, opset: int, attrs: bytes, types: tuple[OperandType, ...], outputs: int) -> Rule | None:
     body = _body(op_type, opset, attrs, types, outputs)

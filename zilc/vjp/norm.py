@@ -8,6 +8,7 @@ r = 1/sqrt(var + epsilon), and g already multiplied by the scale,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,24 +81,68 @@ def _sum_to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
 # -- BatchNormalization --
 
 
-def _batch_own(op: Emitter, x: Any, axes: list[int], epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:
-    """x^ and r by the batch's own statistics, as training mode takes them."""
-    centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
-    r = _inverse_root(op, op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1), epsilon)
-    return op.Mul(centred, r), r
+@dataclass(frozen=True)
+class BatchStatistics:
+    """What training mode takes from the batch, each [1, C, 1, ...], half precisions in float32.
+
+    Attributes:
+        mean, variance: of each channel, the variance by a second pass over x - mean, divided by n (biased).
+        centred: x - mean.
+        r: 1/sqrt(variance + epsilon).
+    """
+
+    mean: gs.Tensor
+    centred: gs.Tensor
+    variance: gs.Tensor
+    r: gs.Tensor
+
+
+def batch_statistics(op: Emitter, x: Any, epsilon: float) -> BatchStatistics:
+    """Mean and variance of each channel of a batch x [N, C, ...]; a vector is one channel."""
+    axes = _other_axes(_rank(op, x))
+    x = op.cast(x, statistics_dtype(op.dtype(x)))
+    mean = op.ReduceMean(x, axes, keepdims=1)
+    centred = op.Sub(x, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+    return BatchStatistics(mean, centred, variance, _inverse_root(op, variance, epsilon))
+
+
+def statistics_dtype(dtype: np.dtype) -> np.dtype:
+    """Sums over a batch overflow half precisions, so those take float32, as ONNX asks."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+
+
+def batch_normalized(op: Emitter, x: Any, scale: Any, b: Any, centred: Any, r: Any) -> gs.Tensor:
+    """y = (x - m) (r scale) + b, in two passes over x - m."""
+    rank = _rank(op, x)
+    scale, b = (_channels(op, op.cast(t, op.dtype(centred)), rank) for t in (scale, b))
+    return op.cast(op.Add(op.Mul(centred, op.Mul(r, scale)), b), op.dtype(x))
+
+
+def _batch_sums(op: Emitter, g: Any, x: Any, epsilon: float) -> tuple[BatchStatistics, gs.Tensor, gs.Tensor, gs.Tensor]:
+    """The statistics, g, sum(g) and sum(g (x - m)); the sums [1, C, 1, ...] are shared by all three operands."""
+    axes = _other_axes(_rank(op, x))
+    own = batch_statistics(op, x, epsilon)
+    g = op.cast(g, op.dtype(own.centred))
+    whole = op.ReduceSum(g, axes, keepdims=1)
+    return own, g, whole, op.ReduceSum(op.Mul(g, own.centred), axes, keepdims=1)
 
 
 def _batch_x(
     op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, mean: Any, variance: Any, *, epsilon: float,
     training_mode: int, **_: Any,
 ) -> gs.Tensor:  # fmt: skip
-    """g scale r; in training mode the projection above, over the batch."""
+    """g scale r;  in training mode  scale r (g - sum(g)/n - (x - m) r^2 sum(g (x - m))/n)."""
     rank = _rank(op, x)
-    scale = op.cast(scale, op.dtype(x))
     if training_mode:
-        normalized, r = _batch_own(op, x, _other_axes(rank), epsilon)
-        # one scale for a whole group, so it goes to the small factor
-        return _project(op, g, normalized, op.Mul(r, _channels(op, scale, rank)), _other_axes(rank))
+        own, g, whole, along = _batch_sums(op, g, x, epsilon)
+        n = op.Div(op.count(x, op.dtype(g)), op.count(own.mean, op.dtype(g)))
+        slope = op.Div(op.Mul(along, op.Mul(own.r, own.r)), n)
+        inner = op.Sub(op.Sub(g, op.Div(whole, n)), op.Mul(own.centred, slope))
+        # one scale for a whole channel, so it goes to the small factor
+        factor = op.Mul(own.r, _channels(op, op.cast(scale, op.dtype(g)), rank))
+        return op.cast(op.Mul(inner, factor), op.dtype(x))
+    scale = op.cast(scale, op.dtype(x))
     r = _inverse_root(op, op.cast(variance, op.dtype(x)), epsilon)
     return op.Mul(g, _channels(op, op.Mul(scale, r), rank))
 
@@ -109,8 +154,8 @@ def _batch_scale(
     """sum g (x - m) r."""
     rank = _rank(op, x)
     if training_mode:
-        normalized, _r = _batch_own(op, x, _other_axes(rank), epsilon)
-        summed = _sum_to_channels(op, op.Mul(g, normalized), rank)
+        own, _g, _whole, along = _batch_sums(op, g, x, epsilon)
+        summed = _to_channels(op, op.Mul(along, own.r), rank)
     else:
         mean, variance = (op.cast(t, op.dtype(x)) for t in (mean, variance))
         centred = op.Sub(x, _channels(op, mean, rank))
@@ -120,9 +165,19 @@ def _batch_scale(
 
 
 def _batch_bias(
-    op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, mean: Any, variance: Any, **_: Any
-) -> gs.Tensor:
-    return op.cast(_sum_to_channels(op, g, _rank(op, x)), op.dtype(b))
+    op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, mean: Any, variance: Any, *, epsilon: float,
+    training_mode: int, **_: Any,
+) -> gs.Tensor:  # fmt: skip
+    rank = _rank(op, x)
+    if training_mode:
+        _own, _g, whole, _along = _batch_sums(op, g, x, epsilon)
+        return op.cast(_to_channels(op, whole, rank), op.dtype(b))
+    return op.cast(_sum_to_channels(op, g, rank), op.dtype(b))
+
+
+def _to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
+    """[1, C, 1, ...] as [C]."""
+    return op.Squeeze(t, _other_axes(rank)) if rank > 1 else t
 
 
 defvjp(
@@ -132,7 +187,7 @@ defvjp(
     _batch_bias,
     None,
     None,
-    note="running statistics are constants",
+    note="running statistics are constants; the batch's own are differentiated through",
 )
 
 # -- LayerNormalization, RMSNormalization --
