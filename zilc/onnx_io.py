@@ -7,6 +7,7 @@ lies) is carried here, and its logger, which writes to stdout, is kept silent.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import math
@@ -426,6 +427,16 @@ def load_values(held: np.ndarray | LazyValues) -> np.ndarray:
     if isinstance(held, (FilledValues, SparseValues)):
         return held.load()
     return read_tensor(held.tensor, getattr(held, "base_dir", ""))
+
+
+def copy_values(held: np.ndarray | LazyValues) -> np.ndarray | LazyValues:
+    """The same values for a constant of another name: GraphSurgeon writes a constant's name into lazy values."""
+    if not isinstance(held, LazyValues):
+        return held
+    made = copy.copy(held)
+    made.tensor = type(held.tensor)()
+    made.tensor.CopyFrom(held.tensor)
+    return made
 
 
 # --- IR -> protobuf -------------------------------------------------------------------------------------------
