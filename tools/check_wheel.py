@@ -35,6 +35,7 @@ LEFT_OUT = shutil.ignore_patterns(
 def expected(root: Path) -> set[str]:
     """Every file that the wheel must hold, read off the source folders."""
     wanted = set(DATA)
+    wanted.update(f"zilc/web/{path.name}" for path in (root / "zilc" / "web").iterdir())
     for folder, package in FOLDERS.items():
         for path in (root / folder).rglob("*.py"):
             if "__pycache__" not in path.parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,17 @@ def levelize(
     """
     if out and identities == "none":
         raise click.UsageError("--identities none only reports; leave out -o, or choose edge, shared or min.")
-    from zilc import onnx_io, pipeline
+    from zilc import figures, onnx_io, pipeline
 
+    if svg or png:
+        figures.require()
     with working("levels"):
         made = pipeline.levelize(model, identities=identities, **shared.selection_of(given))  # type: ignore[arg-type]
         _write(
-            {
-                out: lambda path: onnx_io.save(made.model, path, base_dir=str(Path(model).parent)),
-                html: lambda path: path.write_text(made.html(), "utf-8"),
-                svg: lambda path: path.write_bytes(made.figure("svg")),
-                png: lambda path: path.write_bytes(made.figure("png")),
-            }
+            (out, lambda path: onnx_io.save(made.model, path, base_dir=str(Path(model).parent))),
+            (html, lambda path: path.write_text(made.html(), "utf-8")),
+            (svg, lambda path: path.write_bytes(made.figure("svg"))),
+            (png, lambda path: path.write_bytes(made.figure("png"))),
         )
     from zilc import show
 
@@ -151,12 +151,12 @@ def levelize(
         show.levels(show.Page(), made.report, written)
 
 
-def _write(files: Mapping[str | None, Callable[[Path], object]]) -> None:
-    """Write the files that are asked for: all of them, or none."""
+def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
+    """Write the files that are asked for, those with a path: all of them, or none."""
     from zilc.errors import FileError
     from zilc.files import HINT, together
 
-    wanted = [(path, make) for path, make in files.items() if path]
+    wanted = [(path, make) for path, make in files if path]
     with together(*(path for path, _ in wanted)) as stand_ins:
         for (path, make), target in zip(wanted, stand_ins, strict=True):
             try:
@@ -340,7 +340,7 @@ def trace(
     model: str, data: str | None, out: str | None, html: str | None, svg: str | None, png: str | None, alone: bool,
     full: tuple[str, ...], seed: int, as_json: bool, **given: Any,
 ) -> None:
-    """Record prediction errors at every inference step.
+    """Record every inference step of one batch.
 
     Runs the literal dynamics once and records, for each step and vertex, the prediction error, the movement of the
     value node and the energy.  Prints the energy step by step and which parameters learn when; -o writes the arrays.
@@ -353,8 +353,10 @@ def trace(
         zilc trace model.onnx --algorithm il --steps 100 --gamma 0.1 --full block1/Add -o il.npz
         zilc trace model.onnx --loss cross-entropy --svg wave.svg
     """
-    from zilc import pipeline, tracing
+    from zilc import figures, pipeline, tracing
 
+    if svg or png:
+        figures.require()
     selection = shared.selection_of(given)
     options = shared.tracing_of(given)
     shared_options = {key: options[key] for key in ("loss", "class_axis", "mode")}
@@ -371,19 +373,12 @@ def trace(
         levelled = pipeline.levelize(model, identities=placement, **selection)  # type: ignore[arg-type]
         path.write_text(levelled.html(traces=found), "utf-8")
 
-    def figure(kind: str) -> Callable[[Path], object]:
-        from zilc import figures
-
-        return lambda path: path.write_bytes(figures.waves(found, kind))
-
     with working("pictures"):
         _write(
-            {
-                out: found[0].write,
-                html: page,
-                **({svg: figure("svg")} if svg else {}),
-                **({png: figure("png")} if png else {}),
-            }
+            (out, found[0].write),
+            (html, page),
+            (svg, lambda path: path.write_bytes(figures.waves(found, "svg"))),
+            (png, lambda path: path.write_bytes(figures.waves(found, "png"))),
         )
     from zilc import show
 
