@@ -673,7 +673,7 @@ def infer_types(
     return result
 
 
-#: What :func:`infer_types` found, by all that inference looks at: deep models repeat the same operator on the same types.
+#: What :func:`infer_types` found, by all that inference looks at: deep models repeat an operator on the same types.
 _INFERRED: dict[tuple, list[tuple[np.dtype | None, list[int | str | None] | None]]] = {}
 INFERRED_LIMIT = 4096
 

@@ -256,7 +256,7 @@ def _unrounded(source: Source, inputs: Any, seed: int, output: Names, dims: Mapp
     found = structure(source, output=output, dims=dims, straight_through=True)
     proto = inline_functions(source)
     kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
-    feeds = {n: np.asarray(v, kinds[n]) for n, v in _feeds(found, inputs, seed, dims).items()}
+    feeds = {n: np.asarray(v, kinds[n]) for n, v in feeds_of(found, inputs, seed, dims).items()}
     scales = {n.inputs[1].name for n in found.graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")}
     named = sorted(scales & set(name_list(wrt)))
     if named:
