@@ -59,9 +59,13 @@ class Literal:
 
 
 def emit_literal(
-    training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[str], how: Literal, *,
+    training: TrainingGraph,
+    dynamics: Dynamics,
+    leaves: Sequence[str],
+    how: Literal,
+    *,
     full: Sequence[str] | None = None,
-) -> Trace | None:  # fmt: skip
+) -> Trace | None:
     """Emit the loop, and hand each leaf's gradient to the training graph.
 
     Requires: every vertex of ``dynamics.flow`` has a rule.  The graph need not be levelled.

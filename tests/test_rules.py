@@ -28,7 +28,8 @@ BLOCKS = dict(re.findall(r"<!-- (\S+) -->\n```python\n(.*?)^```", PAGE, re.S | r
 NETWORK = """<ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1]>
     g (float[N,4] x) => (float[N,2] y) <float[4,3] w, float[3] b, float[3,2] v>
     {
-        h = MatMul(x, w) a = com.microsoft.BiasGelu(h, b) q = com.microsoft.QuickGelu<alpha = 1.5>(a) y = MatMul(q, v)
+        h = MatMul(x, w) a = com.microsoft.BiasGelu(h, b)
+        q = com.microsoft.QuickGelu<alpha = 1.5>(a) y = MatMul(q, v)
     }"""
 
 

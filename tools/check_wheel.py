@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Source folder -> where its files lie in the wheel.
 FOLDERS = {"zilc": "zilc", "passes": "zilc/passes", "models": "zilc/models"}
 #: What the package needs beside its modules.
-DATA = ("zilc/py.typed", "zilc/signature.schema.json")
+DATA = (
+    "zilc/py.typed", "zilc/signature.schema.json", "zilc/certificate.schema.json", "zilc/certificate.html.jinja",
+)  # fmt: skip
 #: Not part of a build, and stale copies in build/ would hide a package that the list forgot.
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "out", "docs", "tests", "node_modules"

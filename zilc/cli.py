@@ -236,11 +236,17 @@ def emit_training(
 @click.option("--inputs", type=click.Path(), metavar="FEEDS.npz",
               help="Arrays by input name, targets among them if you like. Default: random ones.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of feeds and directions.")
+@click.option("--certificate", type=click.Path(), metavar="FILE",
+              help="Write a page and a JSON document to cite, FILE.html and FILE.json: both precisions, an independent "
+                   "reverse mode, every ablation.")
+@click.option("--ablations/--no-ablations", default=True, show_default=True,
+              help="Ablations in the certificate; each takes as many forward and backward passes as there are levels.")
 @shared.as_json
 @click.pass_context
 def verify(
-    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, as_json: bool, **given: Any
-) -> None:
+    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, certificate: str | None,
+    ablations: bool, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
@@ -248,15 +254,22 @@ def verify(
     random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
 
+    With --certificate everything is measured in both precisions, against an independent reverse mode too, and so is
+    every ablation; the status is 1 if one of its checks fails.
+
     \b
     Example:
         zilc verify model.onnx --loss cross-entropy --precision float64
         zilc verify model.onnx --inputs batch.npz --json
+        zilc verify model.onnx --loss cross-entropy --certificate model.certificate
     """
     from zilc import optimizers, verification
 
     training = shared.training_of(given)
     optimizers.make(training["optimizer"], training["options"])  # plays no part in gradients, but must make sense
+    if certificate:
+        _certificate(ctx, model, certificate, ablations, inputs, seed, as_json, shared.selection_of(given), training)
+        return
     wanted = {key: training[key] for key in ("loss", "class_axis", *shared.DYNAMICS)}
     with progress("differences") as bar:
         found = verification.verify(
@@ -270,6 +283,39 @@ def verify(
     else:
         show.verification(show.Page(), found.data)
     if not found.passed:
+        ctx.exit(1)
+
+
+def _certificate(
+    ctx: click.Context, model: str, place: str, ablations: bool, inputs: str | None, seed: int, as_json: bool,
+    selection: dict[str, Any], training: dict[str, Any],
+) -> None:  # fmt: skip
+    """``zilc verify --certificate``: every variant and both precisions are measured, so none can be chosen."""
+    for name in ("precision", *shared.DYNAMICS):
+        if name == "identities" or ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        if name != "mode":
+            raise click.UsageError(f"--certificate measures every variant; leave out --{name.replace('_', '-')}.")
+        if training["mode"] != "eval":
+            raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
+    placement = training["identities"] or "shared"
+    if placement == "none":
+        raise click.UsageError("--certificate measures Z-IL on a levelled graph; leave out --identities none.")
+    import shlex
+
+    from zilc import certificate, show
+
+    with progress("certificate") as bar:
+        made = certificate.certify(
+            model, loss=training["loss"], class_axis=training["class_axis"], identities=placement, inputs=inputs,
+            seed=seed, ablations=ablations, command=shlex.join(["zilc", *sys.argv[1:]]), progress=bar, **selection,
+        )  # fmt: skip
+        written = [str(path) for path in made.save(place)]
+    if as_json:
+        click.echo(show.document(made.data))
+    else:
+        show.certificate(show.Page(), made.data, written)
+    if not made.passed:
         ctx.exit(1)
 
 
