@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -50,7 +51,7 @@ def main() -> int:
     if given.missing:
         chosen = [k for k in chosen if k not in rows or not settled(rows[k]["status"])]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, max_tasks_per_child=60) as pool:
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, quiet, max_tasks_per_child=60) as pool:
         waiting = {pool.submit(examine, *k): k for k in chosen}
         for done in concurrent.futures.as_completed(waiting):
             key = waiting[done]
@@ -89,6 +90,11 @@ def examine(network: str, exporter: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     return dataclasses.asdict(run(network, exporter))
+
+
+def quiet() -> None:
+    """A failing exporter prints the whole graph, past Python's own streams."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def settled(status: str) -> bool:

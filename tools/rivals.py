@@ -45,7 +45,7 @@ def send(stream: Any, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     """One message: ``facts`` as JSON, ``arrays`` by name (numbers, and lists of names in place of theirs)."""
     names = list(arrays)
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"a{k}": np.asarray(arrays[name]) for k, name in enumerate(names)})
+    np.savez(buffer, **{f"a{k}": np.asarray(arrays[name]) for k, name in enumerate(names)})  # type: ignore[arg-type]
     head = json.dumps({**facts, "names": names}).encode()
     body = buffer.getvalue()
     stream.write(struct.pack("<QQ", len(head), len(body)) + head + body)
