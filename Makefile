@@ -3,15 +3,15 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper clean
+.PHONY: demo test exam lint bench paper figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
 
-test: .venv/test.stamp
+test: .venv/test.stamp browser
 	.venv/bin/python -m pytest -m "not long"
 
-exam: .venv/test.stamp
+exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
 
@@ -25,6 +25,17 @@ bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+figures: .venv/test.stamp
+	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
+
+# The tests of pages look at them in Chromium or Chrome; without one they would fail, not be skipped.
+browser: | .venv/bin/python
+	.venv/bin/python tools/find_browser.py
+
+# The drawing library of pages, from npm at the version that zilc/web/vendor.json pins.
+vendor: | .venv/bin/python
+	.venv/bin/python tools/vendor_web.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -141,7 +141,7 @@ class Peer:
         """Its memory."""
         made = self.ask("end")
         self.close()
-        return made  # type: ignore[no-any-return]
+        return made
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -437,7 +437,7 @@ def main() -> None:
         console.print(f"{network} …", style="dim")
         peers = chosen(options, network)
         results.append(measure(network, peers, options.rounds, options, options.optimizer, console))
-        pair = [name for name in ("zilc", "torch") if name in peers]
+        pair: list[str] = [name for name in ("zilc", "torch") if name in peers]
         if options.optimizer == "sgd" and len(pair) == 2 and not options.no_adam:
             # For the memory: time needs no figures of its own here.
             results.append(measure(network, pair, min(options.rounds, LEAST_ROUNDS), options, "adam", console))
