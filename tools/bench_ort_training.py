@@ -78,10 +78,10 @@ def step(task: Task, imported: Callable[[], None]) -> Made:
         return float(loss)
 
     versions = {"onnxruntime-training": onnxruntime.__version__, "onnx": onnx.__version__}
-    note = (
-        {"note": "BatchNormalization as arithmetic, for its own trains with batch statistics"} if normalizations else {}
-    )
-    return Made(run, count(task.weights(), task.parameters), versions, note)
+    facts = {}
+    if normalizations:
+        facts["note"] = "BatchNormalization spelled out as arithmetic, for its own is one of batch statistics"
+    return Made(run, count(task.weights(), task.parameters), versions, facts)
 
 
 def _spell_out_normalizations(model: Any) -> int:
@@ -120,7 +120,8 @@ def _spell_out_normalizations(model: Any) -> int:
             nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}.node"))
         made += 1
     if made:
-        kept = [t for t in graph.initializer if not t.name.endswith((".running_mean", ".running_var"))]
+        read = {name for node in nodes for name in node.input}
+        kept = [t for t in graph.initializer if t.name in read]
         del graph.node[:], graph.initializer[:]
         graph.node.extend(nodes)
         graph.initializer.extend(kept)
