@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper clean
+.PHONY: demo test exam rivals lint bench paper clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -14,6 +14,18 @@ test: .venv/test.stamp
 exam: .venv/test.stamp
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
+
+# Python 3.11 for the wheels of onnxruntime-training, which is built for NumPy 1.
+rivals: .venv/test.stamp .venv-onnx-ad/bin/python .venv-ort-training/bin/python
+	.venv/bin/python tools/rivals.py
+
+.venv-onnx-ad/bin/python:
+	$(PYTHON) -m venv .venv-onnx-ad
+	$@ $(PIP) onnx-ad==0.3.0 onnx==1.23.2
+
+.venv-ort-training/bin/python:
+	$(PYTHON) -m venv .venv-ort-training
+	$@ $(PIP) onnxruntime-training==1.19.2 onnx==1.16.2 'numpy<2' h5py setuptools==65.5.0
 
 lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
@@ -45,5 +57,5 @@ paper: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lint build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lint .venv-onnx-ad .venv-ort-training build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

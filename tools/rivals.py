@@ -37,8 +37,6 @@ RIVALS = {
     "onnx-ad": (".venv-onnx-ad", ("onnx-ad", "onnx")),
     "onnxruntime-training": (".venv-ort-training", ("onnxruntime-training", "onnx")),
 }
-#: The newest opset that onnxruntime-training 1.19.2 takes.
-TRAINING_OPSET = 21
 
 
 # --- messages: arrays and JSON, since the environments' versions of numpy cannot read each other's pickles --------
@@ -234,14 +232,15 @@ def _for_training(model: Any) -> np.ndarray:
     """The model at an opset and an IR version that it reads, where the operators allow that."""
     import onnx
 
+    from tools import exam
     from zilc.passes.prepare import settle_opset
 
     own = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=18)
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    if own > TRAINING_OPSET:
+    if own > exam.TRAINING_OPSET:
         try:
-            made.CopyFrom(settle_opset(model, TRAINING_OPSET, "the model"))
+            made.CopyFrom(settle_opset(model, exam.TRAINING_OPSET, "the model"))
         except Exception:  # then it must refuse what it does not know
             made.CopyFrom(model)
     made.ir_version = min(made.ir_version, 10)
@@ -349,10 +348,10 @@ def load(path: Path = TARGET) -> dict[str, Any]:
     """By case: ``operator``, and by tool ``status`` and ``reason``."""
     document = json.loads(path.read_text("utf-8"))
     tools = document["columns"][1:]
+    answers = [dict(zip(("status", "reason"), answer, strict=True)) for answer in document["answers"]]
     return {
-        name: {"operator": row[0]}
-        | {t: dict(zip(("status", "reason"), document["answers"][k], strict=True)) for t, k in zip(tools, row[1:], strict=True)}
-        for name, row in document["cases"].items()
+        name: {"operator": operator, **{tool: answers[k] for tool, k in zip(tools, numbers, strict=True)}}
+        for name, (operator, *numbers) in document["cases"].items()
     }
 
 
