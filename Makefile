@@ -3,39 +3,42 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals lint bench paper clean
+.PHONY: demo test exam rivals lint bench paper figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
 
-test: .venv/test.stamp
+test: .venv/test.stamp browser
 	.venv/bin/python -m pytest -m "not long"
 
-exam: .venv/test.stamp
+exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
 
-# Python 3.11 for the wheels of onnxruntime-training, which is built for NumPy 1.
-rivals: .venv/test.stamp .venv-onnx-ad/bin/python .venv-ort-training/bin/python
+rivals: .venv/test.stamp .venv-peers/bench.stamp .venv-ort-training/bench.stamp
 	.venv/bin/python tools/rivals.py
-
-.venv-onnx-ad/bin/python:
-	$(PYTHON) -m venv .venv-onnx-ad
-	$@ $(PIP) onnx-ad==0.3.0 onnx==1.23.2
-
-.venv-ort-training/bin/python:
-	$(PYTHON) -m venv .venv-ort-training
-	$@ $(PIP) onnxruntime-training==1.19.2 onnx==1.16.2 'numpy<2' h5py setuptools==65.5.0
 
 lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/mypy
 
-bench: .venv/test.stamp
-	.venv/bin/python tools/bench.py
+# BENCH="--networks mlp3 --peers zilc,torch" or BENCH=--write
+bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
+	.venv/bin/python tools/bench.py $(BENCH)
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+figures: .venv/test.stamp
+	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
+
+# The tests of pages look at them in Chromium or Chrome; without one they would fail, not be skipped.
+browser: | .venv/bin/python
+	.venv/bin/python tools/find_browser.py
+
+# The drawing library of pages, from npm at the version that zilc/web/vendor.json pins.
+vendor: | .venv/bin/python
+	.venv/bin/python tools/vendor_web.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -56,6 +59,16 @@ paper: .venv/test.stamp
 	.venv-lint/bin/python $(PIP) -c tests/constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
+# Peers of the benchmark whose own needs clash with zilc's. onnxruntime-training ended at 1.19, for the onnx and numpy
+# of its time; it imports torch, and has no wheels for Python after 3.11. Where a peer cannot be had, the table says so.
+.venv-ort-training/bench.stamp: Makefile
+	test -x .venv-ort-training/bin/python || $(PYTHON) -m venv .venv-ort-training
+	-.venv-ort-training/bin/python $(PIP) 'onnxruntime-training==1.19.2' 'onnx==1.16.2' 'numpy<2' torch && touch $@
+
+.venv-peers/bench.stamp: Makefile
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	-.venv-peers/bin/python $(PIP) 'onnx-ad==0.3.0' jax onnxruntime && touch $@
+
 clean:
-	rm -rf .venv .venv-lint .venv-onnx-ad .venv-ort-training build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lint .venv-ort-training .venv-peers build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

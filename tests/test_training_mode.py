@@ -428,6 +428,7 @@ def test_a_fresh_export_with_merged_constants_is_trained_and_written_back(tmp_pa
     step = zilc.emit_training(tmp_path / "fresh.onnx", mode="train")
     assert len(step.signature["carried"]) == 4
     assert any("exporters merge equal constants" in note for note in step.report["notes"])
+    assert zilc.verify(tmp_path / "fresh.onnx", mode="train", precision="float64").passed
     trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
     for feed in batches(4):
         trainer.step(feed)
@@ -504,9 +505,9 @@ def test_verify_fails_where_the_mask_moves(plain: Path, monkeypatch: pytest.Monk
     """Differences under another mask than the gradient's are far from it: the comparison has teeth."""
     from zilc import verification
 
-    honest = verification._Forward.outputs
+    honest = verification.Forward.outputs
     monkeypatch.setattr(
-        verification._Forward, "outputs",
+        verification.Forward, "outputs",
         lambda self, feeds, moved=None: honest(self, {**feeds, "step": np.asarray(1)}, moved),
     )  # fmt: skip
     assert not zilc.verify(plain, mode="train").passed

@@ -34,7 +34,7 @@ TARGET = ROOT / "docs" / "rivals.json"
 LIMIT = 30.0
 #: By name: the folder of its environment, and what is installed there.
 RIVALS = {
-    "onnx-ad": (".venv-onnx-ad", ("onnx-ad", "onnx")),
+    "onnx-ad": (".venv-peers", ("onnx-ad", "onnx")),
     "onnxruntime-training": (".venv-ort-training", ("onnxruntime-training", "onnx")),
 }
 

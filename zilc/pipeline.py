@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import zilc.vjp  # noqa: F401  (fills the table)
-from zilc import onnx_io, optimizers
+from zilc import collector, onnx_io, optimizers
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
@@ -23,7 +23,7 @@ from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
-from zilc.passes.identities import Placement, flow_of, insert_identities
+from zilc.passes.identities import Placement, flow_of, levelled_flow
 from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
@@ -102,6 +102,7 @@ class Levelized:
         return figures.levels(self.picture, kind)
 
 
+@collector.paused
 def levelize(
     model: ModelSource | Source,
     *,
@@ -141,14 +142,11 @@ def levelize(
         if wrt or freeze:
             raise
         chosen = None  # nothing to train is no obstacle to looking at levels
-    if identities == "none":
-        graph = found.graph
-    else:
-        graph = insert_identities(found.graph, found.flow, found.levels, placement=identities)
-    flow = flow_of(graph, found.clamped)
-    levels = find_levels(flow)
-    annotate_forward(graph, flow, levels)
-    proto = _finish(graph, found.prepared)
+    flow = found.flow
+    if identities != "none":
+        flow = levelled_flow(found.graph, flow, found.levels, placement=identities)
+    annotate_forward(flow.graph, flow, find_levels(flow))
+    proto = _finish(flow.graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
     return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS), flow)
 
@@ -192,6 +190,7 @@ class TrainingStep:
     ties: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
 
+@collector.paused
 def emit_training(
     model: ModelSource | Source,
     *,
@@ -290,7 +289,7 @@ def emit_training(
 
     state = _state(found, chosen, chosen_optimizer if outputs != "grad" else None)
     graph = _copy(found.graph)
-    flow = flow_of(graph, found.clamped)
+    flow = found.flow.on(graph)
     annotate_forward(graph, flow, found.levels)
     training = TrainingGraph(
         graph,
@@ -418,10 +417,12 @@ def _dynamics(found: Structure, graph: gs.Graph, plan: Plan) -> Dynamics:
     """The equations on the levelled graph, or on the graph as it is."""
     if plan.identities != "none":
         where: Placement = plan.identities  # type: ignore[assignment]
-        graph = insert_identities(graph, flow_of(graph, found.clamped), found.levels, placement=where)
-    flow = flow_of(graph, found.clamped)
-    own = zip(found.longest.vertices, found.flow.vertices, strict=True)
-    longest = tuple(level for level, node in own if not getattr(node, INSERTED, False))
+        own = found.flow if graph is found.graph else flow_of(graph, found.clamped)
+        flow = levelled_flow(graph, own, found.levels, placement=where)
+    else:
+        flow = flow_of(graph, found.clamped)
+    on_longest = zip(found.longest.vertices, found.flow.vertices, strict=True)
+    longest = tuple(level for level, node in on_longest if not getattr(node, INSERTED, False))
     return Dynamics.of(flow, find_levels(flow), gamma=plan.gamma, longest=longest)
 
 

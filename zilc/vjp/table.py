@@ -301,15 +301,28 @@ def _int64(values: list[int]) -> Any:
 
 
 def is_differentiable_operand(node: gs.Node, operand: int, opset: int) -> bool:
-    """Whether a derivative can flow from ``node`` to this operand.
+    """Whether a derivative can flow from ``node`` to this operand: see :func:`differentiable_operands`."""
+    return differentiable_operands(node, opset)(operand)
+
+
+def differentiable_operands(node: gs.Node, opset: int) -> Callable[[int], bool]:
+    """Which operands of ``node`` a derivative can flow to.
 
     Both ends must hold floating-point numbers, as far as types are known.  An operator without a rule counts as
     differentiable, so that levels do not depend on what zilc can differentiate.
     """
-    tensor = node.inputs[operand]
-    if not tensor.name or not onnx_io.may_hold_floats(tensor):
-        return False
     if not any(t.name and onnx_io.may_hold_floats(t) for t in node.outputs):
-        return False
-    rule = lookup(node, opset)
-    return rule is None or rule.formula(operand) is not None
+        return lambda operand: False
+    rule: Rule | None = None
+    known = False
+
+    def flows(operand: int) -> bool:
+        nonlocal rule, known
+        tensor = node.inputs[operand]
+        if not tensor.name or not onnx_io.may_hold_floats(tensor):
+            return False
+        if not known:
+            rule, known = lookup(node, opset), True
+        return rule is None or rule.formula(operand) is not None
+
+    return flows
