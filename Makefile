@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper figures browser vendor clean
+.PHONY: demo test exam rivals lint bench paper figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -14,6 +14,9 @@ test: .venv/test.stamp browser
 exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
+
+rivals: .venv/test.stamp .venv-peers/bench.stamp .venv-ort-training/bench.stamp
+	.venv/bin/python tools/rivals.py
 
 lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
