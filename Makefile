@@ -19,8 +19,9 @@ lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/mypy
 
-bench: .venv/test.stamp
-	.venv/bin/python tools/bench.py
+# BENCH="--networks mlp3 --peers zilc,torch" or BENCH=--write
+bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
+	.venv/bin/python tools/bench.py $(BENCH)
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
@@ -58,6 +59,16 @@ zoo: .venv/test.stamp
 	.venv-lint/bin/python $(PIP) -c tests/constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
+# Peers of the benchmark whose own needs clash with zilc's. onnxruntime-training ended at 1.19, for the onnx and numpy
+# of its time; it imports torch, and has no wheels for Python after 3.11. Where a peer cannot be had, the table says so.
+.venv-ort-training/bench.stamp: Makefile
+	test -x .venv-ort-training/bin/python || $(PYTHON) -m venv .venv-ort-training
+	-.venv-ort-training/bin/python $(PIP) 'onnxruntime-training==1.19.2' 'onnx==1.16.2' 'numpy<2' torch && touch $@
+
+.venv-peers/bench.stamp: Makefile
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	-.venv-peers/bin/python $(PIP) 'onnx-ad==0.3.0' jax onnxruntime && touch $@
+
 clean:
-	rm -rf .venv .venv-lint build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lint .venv-ort-training .venv-peers build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

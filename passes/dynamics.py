@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from zilc.graph import Dataflow, Edge
 from zilc.passes.levels import Levels, SumOrder, sum_order
@@ -101,7 +102,7 @@ class Dynamics:
         """``longest`` as for :func:`~zilc.passes.levels.sum_order`."""
         return cls(flow, levels, sum_order(flow, levels, longest), gamma)
 
-    @property
+    @cached_property
     def clamped(self) -> frozenset[str]:
         return frozenset(self.flow.outputs)
 

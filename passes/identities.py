@@ -10,10 +10,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, copy_tensor, fresh_name
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
-from zilc.vjp.table import is_differentiable_operand
+from zilc.vjp.table import differentiable_operands
 
 #: How chains are laid: one an edge, or one a tensor; ``min`` and ``min-bytes`` share chains, on levels of their own
 #: (:mod:`zilc.passes.placement`).
@@ -22,7 +22,7 @@ Placement = Literal["edge", "shared", "min", "min-bytes"]
 
 def flow_of(graph: gs.Graph, outputs: Sequence[str]) -> Dataflow:
     """The active part of a graph, by the rule table's word on which operands carry derivatives."""
-    return active_part(graph, outputs, lambda node, k: is_differentiable_operand(node, k, graph.opset))
+    return active_part(graph, outputs, lambda node: differentiable_operands(node, graph.opset))
 
 
 def insert_identities(
@@ -39,6 +39,13 @@ def insert_identities(
     *edge* makes one chain an edge; any other placement makes one chain a tensor, as long as its longest gap, tapped by
     each consumer at its level.
     """
+    return levelled_flow(graph, flow, levels, placement=placement).graph
+
+
+def levelled_flow(
+    graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement: Placement = "shared"
+) -> Dataflow:
+    """The active part of :func:`insert_identities`'s graph, which finds it anyway to check what it ensures."""
     contracts.require(contracts.acyclic(graph), "acyclic")
     rebuild = Rebuild(graph)
     names = set(onnx_io.tensors(graph)) | {n.name for n in graph.nodes}
@@ -51,7 +58,9 @@ def insert_identities(
         source = rebuild.tensor(tensor)
         for level in range(top - 1, bottom - 1, -1):
             name = fresh_name(f"{tensor.name}.id{level}{label}", names)
-            out = gs.Variable(name, tensor.dtype, tensor.shape)
+            out = copy_tensor(tensor, name) if onnx_io.is_straight(tensor) else gs.Variable(
+                name, tensor.dtype, tensor.shape
+            )
             node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
             node.metadata = {}
             node.doc_string = ""
@@ -93,8 +102,9 @@ def insert_identities(
             if tensor.name in flow.readers:
                 delay(tensor, levels.vertices[vertex], flow.readers[tensor.name])
     result = rebuild.finish()
-    contracts.ensure(contracts.levelled(flow_of(result, flow.outputs)), "levelled")
-    return result
+    found = flow_of(result, flow.outputs)
+    contracts.ensure(contracts.levelled(found), "levelled")
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Cost:
 
 def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
     """Count the identities of a placement without inserting them; ``levels`` are those that it puts vertices on."""
-    by_level: dict[int, int] = {}
+    change = np.zeros(levels.depth + 2, np.int64)  # how many more chains a level holds than the one below
     sizes: dict[str, int] = {}
     total = known = 0
     for tensor, edges in flow.readers.items():
@@ -127,8 +137,8 @@ def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
             if not length:
                 continue
             total += length
-            for level in range(top - length, top):
-                by_level[level] = by_level.get(level, 0) + 1
+            change[top - length] += 1
+            change[top] -= 1
             factor, number = _bytes(flow.tensors[tensor])
             if factor:
                 sizes[factor] = sizes.get(factor, 0) + number * length
@@ -137,7 +147,8 @@ def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
     terms = [f"{n:,}*{factor}" for factor, n in sorted(sizes.items())]
     if known or not terms:
         terms.insert(0, f"{known:,}")
-    return Cost(total, dict(sorted(by_level.items())), known, " + ".join(terms))
+    by_level = {level: count for level, count in enumerate(np.cumsum(change).tolist()) if count}
+    return Cost(total, by_level, known, " + ".join(terms))
 
 
 def _bytes(tensor: gs.Tensor) -> tuple[str, int]:

@@ -428,6 +428,7 @@ def test_a_fresh_export_with_merged_constants_is_trained_and_written_back(tmp_pa
     step = zilc.emit_training(tmp_path / "fresh.onnx", mode="train")
     assert len(step.signature["carried"]) == 4
     assert any("exporters merge equal constants" in note for note in step.report["notes"])
+    assert zilc.verify(tmp_path / "fresh.onnx", mode="train", precision="float64").passed
     trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
     for feed in batches(4):
         trainer.step(feed)

@@ -8,7 +8,7 @@ output.  Everything else is frozen at its forward value and takes no part in lev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
@@ -94,24 +94,31 @@ class Dataflow:
             made.add_edge(source, edge.consumer, key=(edge.operand, edge.tensor))
         return made
 
+    def on(self, graph: gs.Graph) -> Dataflow:
+        """The same active part of a copy of the graph, node for node."""
+        place = {id(node): k for k, node in enumerate(self.graph.nodes)}
+        vertices = [graph.nodes[place[id(node)]] for node in self.vertices]
+        return replace(self, graph=graph, vertices=vertices, tensors=onnx_io.tensors(graph))
+
     def upstream_of(self, wanted: Iterable[str]) -> set[int]:
         """Vertices that lie on a path from one of the ``wanted`` leaves."""
         reached: set[int] = set()
         live = set(wanted)
-        for index, node in enumerate(self.vertices):
-            if any(edge.tensor in live for edge in self.operands[index]):
+        for index, (node, edges) in enumerate(zip(self.vertices, self.operands, strict=True)):
+            if any(edge.tensor in live for edge in edges):
                 reached.add(index)
                 live.update(t.name for t in node.outputs if t.name)
         return reached
 
 
-DifferentiableOperand = Callable[[gs.Node, int], bool]
+#: Which operands of a node a derivative can flow to.
+DifferentiableOperands = Callable[[gs.Node], Callable[[int], bool]]
 
 
 def captured(node: gs.Node) -> list[gs.Tensor]:
     """Outer tensors that the subgraphs of a control-flow node read, constants among them."""
     found: dict[str, gs.Tensor] = {}
-    for inner in node.subgraphs():
+    for inner in onnx_io.subgraphs(node):
         for tensor in onnx_io.foreign(inner):
             found.setdefault(tensor.name, tensor)
     return list(found.values())
@@ -121,7 +128,7 @@ def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
     """The nodes of a graph, and of its subgraphs."""
     for node in graph.nodes:
         yield node
-        for inner in node.subgraphs():
+        for inner in onnx_io.subgraphs(node):
             yield from every_node(inner)
 
 
@@ -155,13 +162,13 @@ def copy_subgraph(inner: gs.Graph, outer: Mapping[str, gs.Tensor]) -> gs.Graph:
     )  # fmt: skip
 
 
-def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: DifferentiableOperand) -> Dataflow:
+def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: DifferentiableOperands) -> Dataflow:
     """The vertices and leaves on a differentiable path from a leaf to one of ``outputs``.
 
     Args:
         graph: acyclic, nodes in topological order, constants lifted to initializers.
         outputs: names of floating tensors.
-        differentiable: whether a derivative flows from a node to one of its operands.
+        differentiable: asked once for each node: whether a derivative flows from it to one of its operands.
     """
     tensors = onnx_io.tensors(graph)
     leaves = {t.name for t in graph.inputs if onnx_io.is_float(t)}
@@ -175,10 +182,12 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
         if getattr(node, FROZEN, False):
             operands.append([])
             continue
-        found = [
-            (k, t.name) for k, t in enumerate(node.inputs) if t.name and t.name in depends and differentiable(node, k)
-        ]
-        if any(True for _ in node.subgraphs()):
+        candidates = [(k, t.name) for k, t in enumerate(node.inputs) if t.name in depends]
+        found = []
+        if candidates:
+            flows = differentiable(node)
+            found = [(k, name) for k, name in candidates if flows(k)]
+        if onnx_io.subgraphs(node):
             # Captured values are operands too; no rule names them by position, so they follow the listed ones.
             base = len(node.inputs)
             found += [
@@ -207,20 +216,23 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
     ]
     used = dict.fromkeys(e.tensor for e in edges if e.source is None)
     used.update(dict.fromkeys(name for name in outputs if name in leaves))
-    ordered = [n for n in input_names if n in used] + [n for n in used if n not in set(input_names)]
+    among_inputs = set(input_names)
+    ordered = [n for n in input_names if n in used] + [n for n in used if n not in among_inputs]
     return Dataflow(graph, vertices, _vertex_names(vertices), ordered, edges, list(outputs), tensors)
 
 
 def _vertex_names(nodes: Sequence[gs.Node]) -> list[str]:
     """Node names, made unique; a nameless node is called after its first output."""
     taken: set[str] = set()
+    counts: dict[str, int] = {}  # names that many nodes share are not counted from 1 each time
     names = []
     for node in nodes:
         base = node.name or next((t.name for t in node.outputs if t.name), node.op)
-        name, count = base, 0
+        name, count = base, counts.get(base, 0)
         while name in taken:
             count += 1
             name = f"{base}_{count}"
+        counts[base] = count
         taken.add(name)
         names.append(name)
     return names
@@ -260,7 +272,10 @@ def copy_tensor(tensor: gs.Tensor, name: str | None = None) -> gs.Tensor:
     """A tensor like ``tensor``, connected to nothing; constants share their values."""
     if isinstance(tensor, gs.Constant):
         return gs.Constant(name or tensor.name, tensor._values, data_location=tensor.data_location)
-    return gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
+    made = gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
+    if onnx_io.is_straight(tensor):
+        setattr(made, onnx_io.STRAIGHT, True)
+    return made
 
 
 @dataclass

@@ -7,6 +7,7 @@ lies) is carried here, and its logger, which writes to stdout, is kept silent.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import math
@@ -26,6 +27,7 @@ import onnx.numpy_helper
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -271,6 +273,8 @@ def np_dtype(dtype: Any) -> np.dtype | None:
     """A GraphSurgeon dtype (numpy's, or ONNX's number) as numpy's; None if there is none."""
     if dtype is None:
         return None
+    if isinstance(dtype, np.dtype):
+        return dtype
     if isinstance(dtype, int):
         try:
             return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
@@ -303,14 +307,24 @@ def holds_float64(model: onnx.ModelProto) -> bool:
     return any(i.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for i in interface)
 
 
+#: Set on quantised tensors through which the gradient passes as if they were not.
+STRAIGHT = "_zilc_straight"
+
+
+def is_straight(tensor: gs.Tensor) -> bool:
+    """Whether a quantised tensor carries the gradient (``--straight-through``)."""
+    return bool(getattr(tensor, STRAIGHT, False))
+
+
 def may_hold_floats(tensor: gs.Tensor) -> bool:
     """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
 
     What a foreign operator makes has no type unless the file says so.
     """
-    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
+    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None) or is_straight(tensor):
         return True
-    return np_dtype(tensor.dtype) is None or is_float(tensor)
+    dtype = np_dtype(tensor.dtype)
+    return dtype is None or _is_float_dtype(dtype)
 
 
 def to_graph(
@@ -372,6 +386,11 @@ class EmptyList(list):
         self.onnx_type = onnx_type
 
 
+def subgraphs(node: gs.Node) -> list[gs.Graph]:
+    """The graphs among a node's attributes; most nodes have none, and large graphs ask often."""
+    return [value for value in node.attrs.values() if isinstance(value, gs.Graph)] if node.attrs else []
+
+
 def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
     """Every tensor of the graph by name, in the order inputs, node outputs and operands, outputs.
 
@@ -379,10 +398,13 @@ def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
     """
     found: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
     for node in graph.nodes:
-        for tensor in (*list(node.inputs), *list(node.outputs)):
+        for tensor in node.inputs:
             if tensor.name:
                 found.setdefault(tensor.name, tensor)
-        for inner in node.subgraphs():
+        for tensor in node.outputs:
+            if tensor.name:
+                found.setdefault(tensor.name, tensor)
+        for inner in subgraphs(node):
             for tensor in foreign(inner):
                 found.setdefault(tensor.name, tensor)
     for tensor in graph.outputs:
@@ -395,7 +417,7 @@ def foreign(inner: gs.Graph) -> list[gs.Tensor]:
     made = {t.name for t in inner.inputs} | {t.name for node in inner.nodes for t in node.outputs}
     found: dict[str, gs.Tensor] = {}
     for node in inner.nodes:
-        nested = [t for graph in node.subgraphs() for t in foreign(graph)]
+        nested = [t for graph in subgraphs(node) for t in foreign(graph)]
         for tensor in (*node.inputs, *nested):
             if tensor.name and tensor.name not in made:
                 found.setdefault(tensor.name, tensor)
@@ -419,6 +441,16 @@ def load_values(held: np.ndarray | LazyValues) -> np.ndarray:
     return read_tensor(held.tensor, getattr(held, "base_dir", ""))
 
 
+def copy_values(held: np.ndarray | LazyValues) -> np.ndarray | LazyValues:
+    """The same values for a constant of another name: GraphSurgeon writes a constant's name into lazy values."""
+    if not isinstance(held, LazyValues):
+        return held
+    made = copy.copy(held)
+    made.tensor = type(held.tensor)()
+    made.tensor.CopyFrom(held.tensor)
+    return made
+
+
 # --- IR -> protobuf -------------------------------------------------------------------------------------------
 
 
@@ -430,14 +462,18 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         infer: fill in the shapes of all tensors (onnx's shape inference, strict).
     """
     with _quiet():
-        proto = gs.export_onnx(_with_exportable_attributes(graph), do_type_check=False)
+        if graph.functions:
+            proto = gs.export_onnx(_with_exportable_attributes(graph), do_type_check=False)
+        else:
+            proto = _export(graph)
     for node, made in zip(graph.nodes, proto.graph.node, strict=True):
         for name, value in node.attrs.items():
             if isinstance(value, EmptyList):
                 made.attribute.append(onnx.AttributeProto(name=name, type=value.onnx_type))  # type: ignore[arg-type]
         made.doc_string = getattr(node, "doc_string", "") or ""
         for key, value in (getattr(node, "metadata", None) or {}).items():
-            made.metadata_props.append(onnx.StringStringEntryProto(key=key, value=str(value)))
+            entry = made.metadata_props.add()
+            entry.key, entry.value = key, str(value)
     _write_filled(graph, proto)
     _strip_shadows(proto.graph, {i.name for i in (*proto.graph.input, *proto.graph.initializer)})
     del proto.opset_import[:]
@@ -459,6 +495,80 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         light = onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
         proto = put_back(light, aside, order)
     return proto
+
+
+def _export(graph: gs.Graph) -> onnx.ModelProto:
+    """What ``gs.export_onnx`` writes, written in place: it makes each node and each type twice and copies them.
+
+    Attributes, constants and whatever is no plain tensor are GraphSurgeon's to write.
+    """
+    proto = onnx.helper.make_model(onnx.GraphProto(), opset_imports=graph.import_domains or [])
+    proto.producer_name, proto.producer_version = graph.producer_name, graph.producer_version
+    if graph.ir_version is not None:
+        proto.ir_version = graph.ir_version
+    made = proto.graph
+    made.name = graph.name
+    if graph.doc_string:
+        made.doc_string = graph.doc_string
+    found: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
+    for node in graph.nodes:
+        entry = made.node.add()
+        entry.op_type = node.op
+        if node.name:
+            entry.name = node.name
+        if node.domain is not None:
+            entry.domain = node.domain
+        for tensor in node.inputs:
+            entry.input.append(tensor.name)
+            found[tensor.name] = tensor
+        for tensor in node.outputs:
+            entry.output.append(tensor.name)
+            found[tensor.name] = tensor
+        if node.attrs:
+            attrs = {k: v for k, v in node.attrs.items() if not isinstance(v, EmptyList)}
+            entry.attribute.extend(OnnxExporter.export_attributes(attrs))
+    found.update((t.name, t) for t in graph.outputs)
+    found.pop("", None)
+    interface = {t.name for t in (*graph.inputs, *graph.outputs)}
+    kinds: dict[Any, int] = {}
+    for tensor in graph.inputs:
+        _export_type(tensor, made.input, kinds)
+    for tensor in graph.outputs:
+        _export_type(tensor, made.output, kinds)
+    for name, tensor in found.items():
+        if isinstance(tensor, gs.Constant):
+            if isinstance(tensor._values, SparseValues):
+                made.sparse_initializer.append(OnnxExporter.export_sparse_tensor_proto(tensor))
+            else:
+                made.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        elif name not in interface and (tensor.dtype is not None or tensor.shape is not None):
+            _export_type(tensor, made.value_info, kinds)
+    return proto
+
+
+def _export_type(tensor: gs.Tensor, infos: Any, kinds: dict[Any, int]) -> None:
+    """Append the type of a tensor to a list of ValueInfoProto; ``kinds`` keeps ONNX's numbers of dtypes."""
+    shape, dtype = tensor.shape, tensor.dtype
+    plain = shape is None or all(n is None or isinstance(n, (int, str)) for n in shape)
+    if dtype is None or not plain or getattr(tensor, "type", "tensor_type") != "tensor_type":
+        infos.append(OnnxExporter.export_value_info_proto(tensor, False))
+        return
+    number = kinds.get(dtype)
+    if number is None:
+        number = kinds[dtype] = dtype_to_onnx(dtype)
+    info = infos.add()
+    info.name = tensor.name
+    kind = info.type.tensor_type
+    kind.elem_type = number
+    if shape is None:
+        return
+    kind.shape.dim.extend([])  # rank 0 is not the same as unknown
+    for n in shape:
+        dim = kind.shape.dim.add()
+        if isinstance(n, int):
+            dim.dim_value = n
+        elif n is not None:
+            dim.dim_param = n
 
 
 def _strip_shadows(graph: onnx.GraphProto, outer: set[str]) -> None:
@@ -550,11 +660,54 @@ def infer_types(
         made_of = foreign.infer_types(node)
         known = [tuple(t) for t in made_of or []][: len(node.outputs)]
         return [*known, *unknown[len(known) :]]  # type: ignore[list-item]
+    key = _inference_key(node, opset)
+    if key is not None and key in _INFERRED:
+        return [(dtype, None if shape is None else list(shape)) for dtype, shape in _INFERRED[key]]
+    result = _infer_types(node, opset)
+    if result is None:
+        return unknown
+    if key is not None:
+        if len(_INFERRED) >= INFERRED_LIMIT:
+            _INFERRED.clear()
+        _INFERRED[key] = [(dtype, None if shape is None else list(shape)) for dtype, shape in result]
+    return result
+
+
+#: What :func:`infer_types` found, by all that inference looks at: deep models repeat an operator on the same types.
+_INFERRED: dict[tuple, list[tuple[np.dtype | None, list[int | str | None] | None]]] = {}
+INFERRED_LIMIT = 4096
+
+
+def _inference_key(node: gs.Node, opset: int) -> tuple | None:
+    """Everything that the types of a node's outputs depend on; None where that is more than a few numbers."""
+    attrs = []
+    for name, value in node.attrs.items():
+        if isinstance(value, list):
+            value = (type(value), *value)
+        if not isinstance(value, (int, float, str, tuple)):
+            return None
+        attrs.append((name, type(value), value))
+    operands: list[Any] = []
+    for k, tensor in enumerate(node.inputs):
+        if not tensor.name:
+            operands.append(None)
+            continue
+        # Two operands that are one tensor, or share a symbolic dimension, are told apart by its name.
+        shape = None if tensor.shape is None else tuple(tensor.shape)
+        data = None
+        if isinstance(tensor, gs.Constant) and np.prod(tensor.shape, dtype=np.int64) <= 64:
+            data = values(tensor).tobytes()
+        first = next(i for i, other in enumerate(node.inputs) if other.name == tensor.name)
+        operands.append((k - first, str(tensor.dtype), shape, data))
+    outputs = tuple(bool(t.name) for t in node.outputs)
+    return node.op, opset, tuple(attrs), tuple(operands), outputs
+
+
+def _infer_types(node: gs.Node, opset: int) -> list[tuple[np.dtype | None, list[int | str | None] | None]] | None:
+    """:func:`infer_types` of an ONNX operator, by onnx; None where it fails."""
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")
         with _quiet():
-            from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-
             made = OnnxExporter.export_node(node)
         types = {}
         data = {}
@@ -568,7 +721,7 @@ def infer_types(
             schema, made, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
         )
     except Exception:
-        return unknown
+        return None
     result: list[tuple[np.dtype | None, list[int | str | None] | None]] = []
     for tensor in node.outputs:
         kind = found.get(tensor.name)

@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import zilc.vjp  # noqa: F401  (fills the table)
-from zilc import onnx_io, optimizers
+from zilc import collector, onnx_io, optimizers
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
@@ -23,7 +23,7 @@ from zilc.losses import LOSSES
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
-from zilc.passes.identities import Placement, flow_of, insert_identities
+from zilc.passes.identities import Placement, flow_of, levelled_flow
 from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
@@ -102,6 +102,7 @@ class Levelized:
         return figures.levels(self.picture, kind)
 
 
+@collector.paused
 def levelize(
     model: ModelSource | Source,
     *,
@@ -141,14 +142,11 @@ def levelize(
         if wrt or freeze:
             raise
         chosen = None  # nothing to train is no obstacle to looking at levels
-    if identities == "none":
-        graph = found.graph
-    else:
-        graph = insert_identities(found.graph, found.flow, found.levels, placement=identities)
-    flow = flow_of(graph, found.clamped)
-    levels = find_levels(flow)
-    annotate_forward(graph, flow, levels)
-    proto = _finish(graph, found.prepared)
+    flow = found.flow
+    if identities != "none":
+        flow = levelled_flow(found.graph, flow, found.levels, placement=identities)
+    annotate_forward(flow.graph, flow, find_levels(flow))
+    proto = _finish(flow.graph, found.prepared)
     by_name = {**{found.flow.names[v]: n for v, n in enumerate(found.levels.vertices)}, **found.levels.leaves}
     return Levelized(proto, by_name, level_report(found, chosen, identities, PLACEMENTS), flow)
 
@@ -192,6 +190,7 @@ class TrainingStep:
     ties: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
 
+@collector.paused
 def emit_training(
     model: ModelSource | Source,
     *,
@@ -216,6 +215,7 @@ def emit_training(
     fixed_predictions: bool = False,
     mode: Mode = "eval",
     trace: bool | Sequence[str] = False,
+    straight_through: bool = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -254,6 +254,8 @@ def emit_training(
         trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
             of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
             signature's ``trace`` names the outputs.
+        straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
+            were rounded; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -263,13 +265,20 @@ def emit_training(
     _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
     _one_of("--mode", mode, ("eval", "train"))
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
+    if straight_through and plan.literal is not None:
+        raise OptionError(
+            "quantised value nodes cannot move by fractions", where="--straight-through", hint="Use the wavefront."
+        )
     full = None if trace is False else [] if trace is True else name_list(trace)
     if full is not None and plan.literal is None:
         raise OptionError(
             "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
         )
     chosen_optimizer = optimizers.make(optimizer, options)
-    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir)
+    found = structure(
+        model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir,
+        straight_through=straight_through,
+    )  # fmt: skip
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where)
@@ -280,7 +289,7 @@ def emit_training(
 
     state = _state(found, chosen, chosen_optimizer if outputs != "grad" else None)
     graph = _copy(found.graph)
-    flow = flow_of(graph, found.clamped)
+    flow = found.flow.on(graph)
     annotate_forward(graph, flow, found.levels)
     training = TrainingGraph(
         graph,
@@ -325,6 +334,7 @@ def emit_training(
         for n in chosen.parameters
     ]  # fmt: skip
     report["losses"] = losses
+    report["straight_through"] = found.straight
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
     initial = State({name: state[own] for name, own in renamed.items()})
     report["mode"] = mode
@@ -407,10 +417,12 @@ def _dynamics(found: Structure, graph: gs.Graph, plan: Plan) -> Dynamics:
     """The equations on the levelled graph, or on the graph as it is."""
     if plan.identities != "none":
         where: Placement = plan.identities  # type: ignore[assignment]
-        graph = insert_identities(graph, flow_of(graph, found.clamped), found.levels, placement=where)
-    flow = flow_of(graph, found.clamped)
-    own = zip(found.longest.vertices, found.flow.vertices, strict=True)
-    longest = tuple(level for level, node in own if not getattr(node, INSERTED, False))
+        own = found.flow if graph is found.graph else flow_of(graph, found.clamped)
+        flow = levelled_flow(graph, own, found.levels, placement=where)
+    else:
+        flow = flow_of(graph, found.clamped)
+    on_longest = zip(found.longest.vertices, found.flow.vertices, strict=True)
+    longest = tuple(level for level, node in on_longest if not getattr(node, INSERTED, False))
     return Dynamics.of(flow, find_levels(flow), gamma=plan.gamma, longest=longest)
 
 
@@ -547,6 +559,7 @@ def _signature(
             {"name": n, "level": training.leaves[n].level, "grad": training.leaves[n].grad} for n in chosen.inputs
         ],
         "carried": training.carried,
+        **({"straight_through": True} if found.straight else {}),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from zilc import onnx_io
-from zilc.analysis import Names, Structure, structure
+from zilc.analysis import Names, Structure, name_list, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
 from zilc.feeds import BATCH, STATISTICS_BATCH, arrays, checked_feeds, random_feeds, random_target
@@ -77,6 +77,8 @@ def verify(
         inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
         directions: random directions a parameter.
         progress: called with (done, total) forward passes; those that a shorter step repeats are not counted.
+        straight_through (among ``dynamics``): differences are those of the straight-through line
+            (:mod:`zilc.surrogate`), never of the rounding function.
         dynamics: how the gradient is computed: ``algorithm``, ``identities``, ``schedule`` and so on; by default Z-IL's
             wavefront.  Of the literal schedule no equal bits are asked: it may give a zero another sign.
         Everything else as for :func:`zilc.emit_training`.
@@ -87,11 +89,21 @@ def verify(
     if precision not in TOLERANCE:
         raise OptionError(f"no precision '{precision}'", where="--precision", hint="Choose float32 or float64.")
     source = onnx_io.load(model, base_dir=base_dir)
-    double = Source(to_float64(inline_functions(source), source.base_dir), source.path)
+    straight = bool(dynamics.pop("straight_through", False))
+    unrounded = source
+    if straight:
+        if precision != "float32":
+            raise OptionError("quantised models have no float64 form", where="--precision", hint="Choose float32.")
+        if mode == "train":
+            raise OptionError(
+                "the straight-through line is that of the inference form", where="--mode", hint="Leave it out."
+            )
+        unrounded = _unrounded(source, inputs, seed, output, dims or {}, wrt)
+    double = Source(to_float64(inline_functions(unrounded), source.base_dir), source.path)
     chosen = double if precision == "float64" else source
     shared: dict[str, Any] = {
         "loss": loss, "class_axis": class_axis, "output": output, "wrt": wrt, "freeze": freeze, "tie": tie,
-        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode,
+        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode, "straight_through": straight,
     }  # fmt: skip
     zil = emit_training(chosen, **dynamics, **shared)
     bp = emit_training(chosen, algorithm="bp", **shared)
@@ -153,6 +165,7 @@ def verify(
             "differences_of": _TRAINING_FORM if found.mode and found.mode.turned else "the model",
             "levels": zil.signature["levels"],
             "executor": {"training": run.name, "differences": forward.executor.name},
+            "straight_through": straight,
             "zil_equals_bp": equal,
             "divergence": overall(got, other),
             "tolerance": tolerance,
@@ -234,6 +247,23 @@ def feeds_of(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) 
     return {
         **{n: _rounded(v) for n, v in feeds.items()}, **{n: np.asarray(v, np.int64) for n, v in drawn.items() if n}
     }  # fmt: skip
+
+
+def _unrounded(source: Source, inputs: Any, seed: int, output: Names, dims: Mapping[str, int], wrt: Names) -> Source:
+    """The straight-through line of a quantised model at its feeds."""
+    from zilc.surrogate import straight_line
+
+    found = structure(source, output=output, dims=dims, straight_through=True)
+    proto = inline_functions(source)
+    kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+    feeds = {n: np.asarray(v, kinds[n]) for n, v in feeds_of(found, inputs, seed, dims).items()}
+    scales = {n.inputs[1].name for n in found.graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")}
+    named = sorted(scales & set(name_list(wrt)))
+    if named:
+        raise OptionError(
+            f"'{named[0]}' is a scale of quantisation, which the straight-through line holds fixed", where="--wrt"
+        )
+    return Source(straight_line(proto, feeds), source.path, source.base_dir)
 
 
 def _rounded(value: np.ndarray) -> np.ndarray:

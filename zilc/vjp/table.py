@@ -147,6 +147,11 @@ def no_gradient(*ops: str, since: int = 1, domain: str = "", note: str = "") -> 
 
 def lookup(node: gs.Node, opset: int) -> Rule | None:
     """The rule of a node's operator at ``opset``: the written one, else one derived from its function body, or None."""
+    if any(onnx_io.is_straight(t) for t in (*node.inputs, *node.outputs)):
+        from zilc.vjp.quantization import STRAIGHT
+
+        if node.op in STRAIGHT:
+            return STRAIGHT[node.op]
     rule = TABLE.lookup(node.op, opset, node.domain)
     if rule is not None:
         return rule
@@ -296,15 +301,28 @@ def _int64(values: list[int]) -> Any:
 
 
 def is_differentiable_operand(node: gs.Node, operand: int, opset: int) -> bool:
-    """Whether a derivative can flow from ``node`` to this operand.
+    """Whether a derivative can flow from ``node`` to this operand: see :func:`differentiable_operands`."""
+    return differentiable_operands(node, opset)(operand)
+
+
+def differentiable_operands(node: gs.Node, opset: int) -> Callable[[int], bool]:
+    """Which operands of ``node`` a derivative can flow to.
 
     Both ends must hold floating-point numbers, as far as types are known.  An operator without a rule counts as
     differentiable, so that levels do not depend on what zilc can differentiate.
     """
-    tensor = node.inputs[operand]
-    if not tensor.name or not onnx_io.may_hold_floats(tensor):
-        return False
     if not any(t.name and onnx_io.may_hold_floats(t) for t in node.outputs):
-        return False
-    rule = lookup(node, opset)
-    return rule is None or rule.formula(operand) is not None
+        return lambda operand: False
+    rule: Rule | None = None
+    known = False
+
+    def flows(operand: int) -> bool:
+        nonlocal rule, known
+        tensor = node.inputs[operand]
+        if not tensor.name or not onnx_io.may_hold_floats(tensor):
+            return False
+        if not known:
+            rule, known = lookup(node, opset), True
+        return rule is None or rule.formula(operand) is not None
+
+    return flows
