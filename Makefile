@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals lint bench paper figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -39,6 +39,9 @@ browser: | .venv/bin/python
 # The drawing library of pages, from npm at the version that zilc/web/vendor.json pins.
 vendor: | .venv/bin/python
 	.venv/bin/python tools/vendor_web.py
+
+zoo: .venv/test.stamp
+	.venv/bin/python tools/export_zoo.py --write
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
