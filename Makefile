@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper clean
+.PHONY: demo test exam lint bench paper scale clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -24,6 +24,9 @@ bench: .venv/test.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+scale: .venv/test.stamp
+	.venv/bin/python tools/scale.py --write
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
