@@ -3,15 +3,15 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper scale clean
+.PHONY: demo test exam lint bench paper scale figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
 
-test: .venv/test.stamp
+test: .venv/test.stamp browser
 	.venv/bin/python -m pytest -m "not long"
 
-exam: .venv/test.stamp
+exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
 
@@ -19,14 +19,26 @@ lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/mypy
 
-bench: .venv/test.stamp
-	.venv/bin/python tools/bench.py
+# BENCH="--networks mlp3 --peers zilc,torch" or BENCH=--write
+bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
+	.venv/bin/python tools/bench.py $(BENCH)
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write
+
+figures: .venv/test.stamp
+	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
+
+# The tests of pages look at them in Chromium or Chrome; without one they would fail, not be skipped.
+browser: | .venv/bin/python
+	.venv/bin/python tools/find_browser.py
+
+# The drawing library of pages, from npm at the version that zilc/web/vendor.json pins.
+vendor: | .venv/bin/python
+	.venv/bin/python tools/vendor_web.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -47,6 +59,16 @@ scale: .venv/test.stamp
 	.venv-lint/bin/python $(PIP) -c tests/constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
+# Peers of the benchmark whose own needs clash with zilc's. onnxruntime-training ended at 1.19, for the onnx and numpy
+# of its time; it imports torch, and has no wheels for Python after 3.11. Where a peer cannot be had, the table says so.
+.venv-ort-training/bench.stamp: Makefile
+	test -x .venv-ort-training/bin/python || $(PYTHON) -m venv .venv-ort-training
+	-.venv-ort-training/bin/python $(PIP) 'onnxruntime-training==1.19.2' 'onnx==1.16.2' 'numpy<2' torch && touch $@
+
+.venv-peers/bench.stamp: Makefile
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	-.venv-peers/bin/python $(PIP) 'onnx-ad==0.3.0' jax onnxruntime && touch $@
+
 clean:
-	rm -rf .venv .venv-lint build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lint .venv-ort-training .venv-peers build dist demo out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

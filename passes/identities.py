@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, copy_tensor, fresh_name
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
 from zilc.vjp.table import differentiable_operands
@@ -58,7 +58,9 @@ def levelled_flow(
         source = rebuild.tensor(tensor)
         for level in range(top - 1, bottom - 1, -1):
             name = fresh_name(f"{tensor.name}.id{level}{label}", names)
-            out = gs.Variable(name, tensor.dtype, tensor.shape)
+            out = copy_tensor(tensor, name) if onnx_io.is_straight(tensor) else gs.Variable(
+                name, tensor.dtype, tensor.shape
+            )
             node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
             node.metadata = {}
             node.doc_string = ""

@@ -59,7 +59,12 @@ class Literal:
 
 
 def emit_literal(
-    training: TrainingGraph, dynamics: Dynamics, leaves: Sequence[str], how: Literal, *, full: Sequence[str] | None = None
+    training: TrainingGraph,
+    dynamics: Dynamics,
+    leaves: Sequence[str],
+    how: Literal,
+    *,
+    full: Sequence[str] | None = None,
 ) -> Trace | None:
     """Emit the loop, and hand each leaf's gradient to the training graph.
 

@@ -114,7 +114,7 @@ def _uses(name: str, consumers: dict[str, list[tuple[gs.Node, int]]]) -> list[tu
     stack = [name]
     while stack:
         for node, k in consumers.get(stack.pop(), ()):
-            if node.op in _MOVES and (k == 0 or node.op == "Concat"):
+            if (node.op in _MOVES and (k == 0 or node.op == "Concat")) or (k == 0 and _is_fake(node)):
                 for out in node.outputs:
                     if out.name and out.name not in seen:
                         seen.add(out.name)
@@ -122,6 +122,13 @@ def _uses(name: str, consumers: dict[str, list[tuple[gs.Node, int]]]) -> list[tu
             else:
                 found.append((node, k))
     return found
+
+
+def _is_fake(node: gs.Node) -> bool:
+    """Quantises or dequantises, and the gradient passes: fake quantisation moves nothing."""
+    return (node.op == "QuantizeLinear" and onnx_io.is_straight(node.outputs[0])) or (
+        node.op == "DequantizeLinear" and onnx_io.is_straight(node.inputs[0])
+    )
 
 
 def _reason(
@@ -138,6 +145,9 @@ def _reason(
                 return f"{_SERVANT[node.op]}, vertex '{node.name}'"
         if not uses:
             return "read by no operator"
+        cut = next((node for node, k in uses if node.op in _QUANTISED and k == 0), None)
+        if cut is not None:
+            return f"vertex '{cut.name or cut.outputs[0].name}' ({cut.op}) cuts the gradient"
         return f"read by {', '.join(sorted({node.op for node, _ in uses}))}, not as a weight"
     if not active:
         return "no gradient path to a trained output"
@@ -229,7 +239,9 @@ def select(
                 if pattern not in floating_inputs:
                     raise OptionError(f"input '{pattern}' does not hold floating-point numbers", where="--wrt")
                 if pattern not in active:
-                    raise OptionError(f"no gradient path from input '{pattern}' to a trained output", where="--wrt")
+                    raise OptionError(
+                        f"no gradient path from input '{pattern}' to a trained output", where="--wrt", hint=_cut(flow)
+                    )
                 inputs.append(pattern)
                 continue
             exact = pattern in by_name
@@ -237,7 +249,7 @@ def select(
             live = [n for n in matches if n in active]
             if matches and not live:
                 why = by_name[matches[0]].reason or "no gradient path to a trained output"
-                raise OptionError(f"no gradient reaches '{matches[0]}': {why}", where="--wrt")
+                raise OptionError(f"no gradient reaches '{matches[0]}': {why}", where="--wrt", hint=_cut(flow))
             if not matches:
                 raise OptionError(_no_match(pattern, by_name, floating_inputs, everything), where="--wrt")
             chosen += live
@@ -275,14 +287,22 @@ def _no_match(pattern: str, names: Sequence[str] | dict, inputs: Sequence[str], 
     return f"no parameter or input matches '{pattern}'{shown}"
 
 
+def _cut(flow: Dataflow) -> str:
+    """What cuts the gradient in a quantised model, and what helps; empty where nothing is quantised."""
+    # Where --straight-through is given already, what is left is cut by something else.
+    node = next((n for n in flow.graph.nodes if n.op in _QUANTISED and not onnx_io.is_straight(n.outputs[0])), None)
+    if node is None:
+        return ""
+    return (
+        f"The model is quantised: vertex '{node.name or node.outputs[0].name}' ({node.op}) cuts the gradient. "
+        "Train the floating-point model it was made from, or, if it is of QDQ format, add --straight-through."
+    )
+
+
 def _nothing(found: list[Candidate], flow: Dataflow) -> str:
-    quantised = [n for n in flow.graph.nodes if n.op in _QUANTISED]
-    if quantised:
-        node = quantised[0]
-        return (
-            f"The model is quantised: vertex '{node.name or node.outputs[0].name}' ({node.op}) cuts the gradient. "
-            "Train the floating-point model it was made from."
-        )
+    cut = _cut(flow)
+    if cut:
+        return cut
     if found:
         return "Floating tensors left out: " + ", ".join(f"{c.name} ({c.reason or 'frozen'})" for c in found[:4]) + "."
     return "The model has no floating-point initializer; --wrt INPUT gives the gradient of an input."

@@ -25,8 +25,10 @@ def to_float64(model: onnx.ModelProto, base_dir: str = "") -> onnx.ModelProto:
 
 
 def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:
+    single = _single_scales(graph, base_dir)
     for tensor in graph.initializer:
         _convert_tensor(tensor, base_dir)
+    graph.initializer.extend(single)
     del graph.value_info[:]  # inferred anew where wanted
     for info in (*graph.input, *graph.output):
         _convert_type(info.type)
@@ -36,9 +38,43 @@ def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:
                 _convert_tensor(attribute.t, base_dir)
             elif attribute.type == onnx.AttributeProto.GRAPH:
                 _convert_graph(attribute.g, base_dir)
+            elif node.op_type == "Cast" and node.output[0].endswith(".float32"):
+                continue
             elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _NARROWER:
                 attribute.i = _DOUBLE
         _convert_implicit(node)
+
+
+def _single_scales(graph: onnx.GraphProto, base_dir: str) -> list[onnx.TensorProto]:
+    """Scales of a Resize are float32 whatever it resizes: each is read from a float32 copy (in place).
+
+    Returns:
+        the copies of those that are constants; others are cast by a node.
+    """
+    held = {t.name: t for t in graph.initializer}
+    constants = [n for n in graph.node if n.op_type == "Constant"]
+    held.update({n.output[0]: n.attribute[0].t for n in constants if n.attribute[0].t.dims})
+    made: dict[str, onnx.TensorProto | onnx.NodeProto] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type in ("Resize", "Upsample") and node.domain in ("", "ai.onnx"):
+            place = 2 if node.op_type == "Resize" and len(node.input) > 2 else 1
+            name = node.input[place] if place < len(node.input) else ""
+            if name:
+                node.input[place] = f"{name}.float32"
+                if name in held and name not in made:
+                    array = np.asarray(onnx_io.read_tensor(held[name], base_dir), np.float32)
+                    made[name] = onnx.numpy_helper.from_array(array, f"{name}.float32")
+                elif name not in made:
+                    made[name] = onnx.helper.make_node("Cast", [name], [f"{name}.float32"], to=onnx.TensorProto.FLOAT)
+                    nodes.append(made[name])
+        nodes.append(node)
+    casts = [n for n in made.values() if isinstance(n, onnx.NodeProto)]
+    if casts:
+        kept = onnx.GraphProto(node=nodes)
+        del graph.node[:]
+        graph.node.extend(kept.node)
+    return [t for t in made.values() if isinstance(t, onnx.TensorProto)]
 
 
 def _convert_implicit(node: onnx.NodeProto) -> None:

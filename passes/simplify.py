@@ -50,7 +50,7 @@ def drop_dead(graph: gs.Graph) -> gs.Graph:
 
 
 def join_sums(graph: gs.Graph) -> None:
-    """A sum of products is one product over a longer contraction: what a leaf that is shared over time needs (in place).
+    """A sum of products is one product over a longer contraction, which a leaf shared over time needs (in place).
 
     Before:  Add(Add(Gemm(A1, B1), Gemm(A2, B2)), Gemm(A3, B3))
     After:   Gemm(Concat(A1, A2, A3), Concat(B1, B2, B3)), along the axes that are summed over

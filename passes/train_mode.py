@@ -175,7 +175,8 @@ class _Turn:
         if self._owners.get(tensor.name) == (self._layers[id(node)], which):
             return tensor
         name = f"{node.outputs[0].name}.running_{('mean', 'var')[which]}"
-        made = gs.Constant(fresh_name(name, self.op.names), tensor._values, data_location=tensor.data_location)
+        values = onnx_io.copy_values(tensor._values)
+        made = gs.Constant(fresh_name(name, self.op.names), values, data_location=tensor.data_location)
         self.rebuild.tensors[made.name] = made
         self.state.split[made.name] = tensor.name
         return made

@@ -380,16 +380,76 @@ def test_contradictions_are_one_line(zilc_command: Command, tmp_path: Path, opti
         assert text in result.err
 
 
+def test_the_report_prints_how_far_inference_learning_is_from_backpropagation(
+    zilc_command: Command, tmp_path: Path
+) -> None:
+    """One linear unit, T = 1: eps_out, h and their products by hand, as in the test of where it settles."""
+    path = tmp_path / "unit.onnx"
+    onnx.save(onnx.parser.parse_model(UNIT), path)
+    feeds = tmp_path / "feeds.npz"
+    x, a, w, b, y = 2.0, 0.75, 1.5, 0.25, 1.0
+    np.savez(feeds, x=np.full((1, 1), x), target=np.full((1, 1), y))
+    h = a * x
+    r = w * h + b - y
+    eps = r / (1 + w * w)
+    bp = np.asarray([r, r * h, w * r * x])  # of b, w and a
+    settled = np.asarray([eps, eps * (h - w * eps), w * eps * x])
+    far = float(np.linalg.norm(settled - bp) / np.linalg.norm(bp))
+    chosen = ["--algorithm", "il", "--gamma", "0.2", "--steps", "200", "--wrt", "*", "--inputs", feeds]
+    result = zilc_command("verify", path, "--precision", "float64", *chosen)
+    assert result.status == 1
+    assert f"distance of IL's update from BP's, relative to BP's: {far:.3g}\n" in result.out
+    found = zilc_command("verify", path, "--precision", "float64", *chosen, "--json").json
+    assert found["divergence"] == pytest.approx(far, rel=1e-9)
+    # With fixed predictions it has converged.
+    fixed = zilc_command("verify", path, "--precision", "float64", *chosen, "--fixed-predictions", "--json").json
+    assert fixed["divergence"] < 1e-12
+
+
 def test_the_tables_can_be_measured(tmp_path: Path) -> None:
-    """``tools/paper_tables.py`` gives zero where the paper does, and its rows add up from run to run."""
+    """``tools/paper_tables.py`` gives zero where the paper does, and Z-IL runs the very nodes of BP."""
     tool, rows = Path(__file__).parent.parent / "tools" / "paper_tables.py", tmp_path / "rows.json"
     rows.write_text(json.dumps({"table1": {}}))
-    made = subprocess.run(
-        [sys.executable, "-W", "ignore", tool, "--networks", "mlp2", "--tables", "1,3", "--json", rows],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    table = [line for line in made.stdout.splitlines() if line.startswith("| MLP, 2 layers")]
-    assert [line.count("**0**") for line in table] == [6, 2]
+
+    def measured(*options: str) -> str:
+        command = [sys.executable, "-W", "ignore", tool, "--networks", "mlp2", "--json", rows, *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    made = measured("--tables", "1,2,3", "--rounds", "2", "--slow", "il")
+    one, placements, two, three = (line for line in made.splitlines() if line.startswith("| MLP, 2 layers"))
+    assert (one.count("**0**"), three.count("**0**")) == (6, 4)
+    assert placements == "| MLP, 2 layers | 0 | 0 | 0 | 0 |"
+    assert "nodes, the same, in the same order" in two
+    assert made.count("\n- ") == 1  # one machine, whatever it measured
+
+
+def test_rows_measured_before_are_left_out_on_resuming() -> None:
+    from tools import paper_tables
+
+    entry = {"facts": paper_tables.facts((0.0, 0.0, 0.0))}
+    assert paper_tables.fresh(entry)
+    assert not paper_tables.fresh(None)
+    others = [("date", "2020-01-01T00:00:00+00:00"), ("date", "2026-01-01"), ("numpy", "1.0"), ("machine", "")]
+    for key, value in others:
+        assert not paper_tables.fresh({"facts": {**entry["facts"], key: value}})
+
+
+def test_graphs_that_differ_have_other_nodes() -> None:
+    """What the table calls the same nodes is told apart by operator, attribute, operand and order."""
+    from tools.paper_tables import optimised_nodes
+
+    body = "g (float[2, 3] x) => (float[2, 3] y) {{ a = Tanh (x)  b = {op} (x)  y = Mul ({order}) }}"
+
+    def nodes(**parts: str) -> list[bytes]:
+        parts = {"op": "LeakyRelu <alpha = 0.5>", "order": "a, b", **parts}
+        text = f'<ir_version: 10, opset_import: ["" : 18]> {body.format(**parts)}'
+        return optimised_nodes(onnx.parser.parse_model(text))
+
+    same = nodes()
+    assert same == nodes()
+    assert len(same) == 3
+    for other in ({"op": "LeakyRelu <alpha = 0.25>"}, {"op": "Sigmoid"}, {"order": "b, a"}, {"order": "a, a"}):
+        assert set(nodes(**other)) != set(same), other
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_quantised_model(zilc_: Command, tmp_path: Path) -> None:
     assert refused(zilc_, tmp_path, "emit-training", path) == (
         f"{path}: no parameter to train and no input gradient asked for. "
         "The model is quantised: vertex 'quantise' (QuantizeLinear) cuts the gradient. "
-        "Train the floating-point model it was made from."
+        "Train the floating-point model it was made from, or, if it is of QDQ format, add --straight-through."
     )
 
 

@@ -33,8 +33,21 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_shell_blocks_write_what_they_say(folder):
-    for name in ("skip.levelled.onnx", "skip.step.onnx", "skip.step.safetensors", "digits.trained.onnx"):
+    for name in (
+        "skip.levelled.onnx", "skip.step.onnx", "skip.step.safetensors", "digits.trained.onnx", "skip.levels.html",
+        "skip.levels.svg", "skip.trace.npz", "skip.trace.html", "skip.wave.svg", "skip.il.npz", "skip.traced.onnx",
+    ):  # fmt: skip
         assert (folder / name).is_file()
+
+
+def test_the_page_on_traces_reads_the_file(folder):
+    text = (ROOT / "docs" / "TRACES.md").read_text("utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    (folder / "trace.npz").write_bytes((folder / "skip.trace.npz").read_bytes())
+    check = (
+        "assert sorted(set(arrived)) == [0, 1, 2, 3] and len(by_level) == 4 and by_level[3][:3].tolist() == [0, 0, 0]"
+    )
+    run([sys.executable, "-c", f"{program}\n{check}"], folder)
 
 
 @pytest.mark.parametrize("program", PYTHON, ids=lambda p: p.strip().splitlines()[0])
@@ -64,5 +77,5 @@ def test_links_lead_somewhere():
 
 
 def test_every_command_and_option_group_is_named():
-    for command in ("levelize", "emit-training", "verify", "train", "ops"):
+    for command in ("levelize", "emit-training", "verify", "train", "trace", "ops"):
         assert f"zilc {command}" in TEXT

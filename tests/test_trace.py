@@ -109,7 +109,8 @@ def test_an_error_is_zero_until_the_wave_arrives_and_then_backpropagations(seed:
     for vertex in inner:
         tensor = vertex.outputs[0]
         # The rest of the network with this tensor as its leaf.
-        rest = simulator.Net([v for v in net.vertices if v is not vertex], [*net.leaves, tensor], net.clamped, net.level)
+        others = [v for v in net.vertices if v is not vertex]
+        rest = simulator.Net(others, [*net.leaves, tensor], net.clamped, net.level)
         delta = simulator.reverse_mode(rest, values, sample.targets)[tensor]
         level = net.level[tensor]
         error = found.full[f"{tensors[nodes[tensor]]}/error"]
@@ -195,7 +196,7 @@ def test_names_that_are_taken_get_a_prefix() -> None:
 
 
 def test_the_wavefront_has_no_steps_to_trace() -> None:
-    with pytest.raises(OptionError, match="--trace: the wavefront .* Add --schedule literal"):
+    with pytest.raises(OptionError, match=r"--trace: the wavefront .* Add --schedule literal"):
         zilc.emit_training(_skip(), trace=True)
     with pytest.raises(OptionError, match="'bp' has no steps to trace"):
         zilc.trace(_skip(), algorithm="bp")  # type: ignore[arg-type]

@@ -1,11 +1,88 @@
-"""The paper's networks as people write them in PyTorch, for tools/bench_workers.py."""
+"""PyTorch's peers in tools/bench.py: the paper's networks as people write them there, eager and compiled."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
+from bench_task import TARGET, Made, Task
 from torch import nn
+from torch.nn import functional
+
+
+def eager(task: Task, imported: Callable[[], None]) -> Made:
+    """PyTorch as it is."""
+    imported()
+    return _make(task, compiled=False)
+
+
+def compiled(task: Task, imported: Callable[[], None]) -> Made:
+    """The network through torch.compile; it brings half of its imports when it first compiles."""
+    imported()
+    return _make(task, compiled=True)
+
+
+def _make(task: Task, *, compiled: bool) -> Made:
+    """zero_grad, forward, loss, backward and the optimizer's step, the loss read back."""
+    torch.set_num_threads(task.threads)
+    net = build(task.network)
+    weights = task.weights()
+    load(task.network, net, weights)
+    net = net.to(task.device, getattr(torch, task.precision))
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[task.optimizer]
+    optimizer = make(net.parameters(), task.lr)
+    feeds = task.feeds()
+    x = torch.from_numpy(feeds[task.inputs[0]]).to(task.device)
+    y = torch.from_numpy(feeds[TARGET]).to(task.device)
+    forward = torch.compile(net) if compiled else net
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(forward(x).flatten(0, -2), y.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    facts: dict[str, object] = {}
+    if task.network == "rnn":
+        facts["note"] = "nn.RNN has two biases, each of which is trained"
+    return Made(step, sum(p.numel() for p in net.parameters()), {"torch": torch.__version__}, facts)
+
+
+def load(name: str, net: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Put the ONNX network's weights into its twin.
+
+    The twins' state lists its tensors in the order in which the ONNX networks use theirs; where PyTorch packs or
+    transposes, that is done first.
+    """
+    given = list(weights.values())
+    if name == "rnn":
+        w_ih, bias, w_hh, *rest = given
+        given = [w_ih, w_hh, bias, np.zeros_like(bias), *rest]
+    elif name in ("transformer", "decoder"):
+        given = []
+        for key, value in weights.items():
+            part = key.rsplit(".attention.", 1)
+            if len(part) == 2 and part[1].split(".")[0] in ("query", "key", "value"):
+                if part[1] == "query.weight":
+                    for kind in ("weight", "bias"):
+                        packed = [weights[f"{part[0]}.attention.{p}.{kind}"] for p in ("query", "key", "value")]
+                        given.append(np.concatenate([p.T for p in packed]))
+            else:
+                table = key in ("embedding.weight", "positions.weight")
+                given.append(value if table else value.T)
+    state = {key: value for key, value in net.state_dict(keep_vars=True).items() if value.dtype.is_floating_point}
+    own = [tensor for key, tensor in state.items() if key not in ("positions", "mask")]
+    if name == "transformer":
+        # PyTorch lists both projections before both norms.
+        given[5:11] = [given[i] for i in (7, 8, 9, 10, 5, 6)]
+    with torch.no_grad():
+        for tensor, array in zip(own, given, strict=True):
+            if tensor.shape != array.shape:
+                raise ValueError(f"the twin has a tensor of {tuple(tensor.shape)} for one of {array.shape}")
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
 def build(name: str) -> nn.Module:

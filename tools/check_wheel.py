@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Source folder -> where its files lie in the wheel.
 FOLDERS = {"zilc": "zilc", "passes": "zilc/passes", "models": "zilc/models"}
 #: What the package needs beside its modules.
-DATA = ("zilc/py.typed", "zilc/signature.schema.json")
+DATA = (
+    "zilc/py.typed", "zilc/signature.schema.json", "zilc/certificate.schema.json", "zilc/certificate.html.jinja",
+)  # fmt: skip
 #: Not part of a build, and stale copies in build/ would hide a package that the list forgot.
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "out", "docs", "tests", "node_modules"
@@ -33,6 +35,7 @@ LEFT_OUT = shutil.ignore_patterns(
 def expected(root: Path) -> set[str]:
     """Every file that the wheel must hold, read off the source folders."""
     wanted = set(DATA)
+    wanted.update(f"zilc/web/{path.name}" for path in (root / "zilc" / "web").iterdir())
     for folder, package in FOLDERS.items():
         for path in (root / folder).rglob("*.py"):
             if "__pycache__" not in path.parts:

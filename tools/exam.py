@@ -466,7 +466,38 @@ def examine(case: Any, operator: str, base: onnx.ModelProto | None = None) -> Ve
     return verdict
 
 
+@dataclass
+class Trial:
+    """One case ready to be compared: where it stands, and what the differences say there.
+
+    Attributes:
+        model, double: with the tensors of sequences as inputs and outputs; ``double`` in float64.
+        feeds: inputs in float64, moved off kinks.
+        active: inputs that a gradient reaches, by zilc's word.
+        y: trained outputs at ``feeds``.
+    """
+
+    model: onnx.ModelProto
+    double: onnx.ModelProto
+    feeds: dict[str, Any]
+    active: list[str]
+    y: dict[str, np.ndarray]
+    differences: Differences
+    who: Original
+
+
 def _examine(case: Any, verdict: Verdict, base: onnx.ModelProto | None = None) -> None:
+    trial = trial_of(case, base)
+    verdict.executor = f"{trial.who.name}, {trial.who.precision}"
+    _compare(trial, verdict)
+
+
+def trial_of(case: Any, base: onnx.ModelProto | None = None) -> Trial:
+    """Inputs, outputs and differences of a case.
+
+    Raises:
+        Unexamined: nothing runs the original, or there is nothing to compare.
+    """
     model, given, expected = unpacked(case.model, *feeds_of(case))
     double = to_double(model)
     executors = originals(model, double, given, expected)
@@ -503,8 +534,7 @@ def _examine(case: Any, verdict: Verdict, base: onnx.ModelProto | None = None) -
             break
     assert best is not None
     feeds, y, trial, who = best
-    verdict.executor = f"{who.name}, {who.precision}"
-    _compare(model, double, feeds, active, y, trial, who, verdict)
+    return Trial(model, double, feeds, active, y, trial, who)
 
 
 def _move(
@@ -723,14 +753,28 @@ def _gradients(
     return {leaf["name"]: np.asarray(by_name[leaf["grad"]], np.float64) for leaf in step.signature["input_grads"]}
 
 
-def _compare(
-    model: onnx.ModelProto, double: onnx.ModelProto, feeds: Mapping[str, Any], active: Sequence[str],
-    y: Mapping[str, np.ndarray], trial: Differences, who: Original, verdict: Verdict,
-) -> None:  # fmt: skip
+def _compare(whole: Trial, verdict: Verdict) -> None:
+    model, feeds, active, y, trial = whole.model, whole.feeds, whole.active, whole.y, whole.differences
     gradients: dict[str, np.ndarray] = {}
     if active:
-        step, emitted = _emit_double(_masked(model, y), _masked(double, y), active, list(y))
+        step, emitted = _emit_double(_masked(model, y), _masked(whole.double, y), active, list(y))
         gradients = _gradients(step, emitted, _either(emitted), feeds, y, trial.cotangents)
+    judge(whole, gradients, verdict, "zilc")
+    verdict.zero = not active
+    if verdict.status == "right" and active:
+        verdict.runtime = _in_runtime(model, feeds, active, y, trial, gradients)
+        if verdict.runtime not in ("runs", NO_KERNEL, OTHERWISE):
+            verdict.status, verdict.reason = "wrong", f"in onnxruntime: {verdict.runtime}"
+
+
+def judge(
+    whole: Trial, gradients: Mapping[str, np.ndarray], verdict: Verdict, who: str, tolerance: float = 0.0
+) -> None:
+    """Hold gradients by input against the differences; an input without one is said to have none.
+
+    ``tolerance`` may only widen the one that the differences allow: for gradients that were computed in float32.
+    """
+    trial, feeds, precision = whole.differences, whole.feeds, whole.who.precision
     faults = []
     # Where the derivative is 0, differences hold nothing but rounding.
     floor = 1e-2 + 1e-3 * max(float(np.linalg.norm(c)) for c in trial.cotangents.values())
@@ -748,19 +792,13 @@ def _compare(
             scale = max(float(np.linalg.norm(g) * np.linalg.norm(v)) if g is not None else 0.0, abs(slope), floor)
             worst = max(worst, abs(exact - slope) / scale)
         verdict.inputs[name] = worst
-        if worst > TOLERANCE[who.precision]:
-            said = "zilc says that no gradient flows, and the output moves" if g is None else f"error {worst:.2g}"
+        if worst > max(TOLERANCE[precision], tolerance):
+            said = f"{who} says that no gradient flows, and the output moves" if g is None else f"error {worst:.2g}"
             faults.append(f"{name}: {said}")
     verdict.error = max(verdict.inputs.values(), default=0.0)
-    verdict.zero = not active
     if faults:
         kink = "" if trial.smooth else " (the differences do not settle: a kink nearby)"
         verdict.status, verdict.reason = "wrong", "; ".join(faults) + kink
-        return
-    if active:
-        verdict.runtime = _in_runtime(model, feeds, active, y, trial, gradients)
-        if verdict.runtime not in ("runs", NO_KERNEL, OTHERWISE):
-            verdict.status, verdict.reason = "wrong", f"in onnxruntime: {verdict.runtime}"
 
 
 def _either(model: onnx.ModelProto) -> Run:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zilc.certificate import Certificate, certify
     from zilc.errors import (
         DataError,
         EnsuresError,
@@ -31,6 +32,8 @@ _HOME = {
     "Levelized": "zilc.pipeline",
     "TrainingStep": "zilc.pipeline",
     "verify": "zilc.verification",
+    "certify": "zilc.certificate",
+    "Certificate": "zilc.certificate",
     "trace": "zilc.tracing",
     "Trace": "zilc.tracing",
     "Trainer": "zilc.runtime",
@@ -46,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Certificate",
     "DataError",
     "EnsuresError",
     "FileError",
@@ -59,6 +63,7 @@ __all__ = [
     "Trainer",
     "TrainingStep",
     "ZilcError",
+    "certify",
     "emit_training",
     "levelize",
     "trace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
@@ -16,6 +16,7 @@ from zilc.passes import contracts, placement, prepare
 from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
 from zilc.passes.prepare import Prepared
+from zilc.passes.straight import pass_through
 from zilc.passes.train_mode import TrainMode, train_mode
 
 Names = str | Sequence[str] | None
@@ -37,6 +38,7 @@ class Structure:
         levels: where the placement of identities puts vertices; by default those of the longest path.
         longest: levels of the longest path, which fix the order of sums.
         mode: what the training mode turned; None in inference form.
+        straight: vertices of QuantizeLinear through which the gradient passes.
     """
 
     prepared: Prepared
@@ -47,6 +49,7 @@ class Structure:
     levels: Levels
     longest: Levels
     mode: TrainMode | None = None
+    straight: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -62,11 +65,15 @@ def structure(
     opset: int | None = None,
     mode: str = "eval",
     base_dir: str | os.PathLike[str] | None = None,
+    straight_through: bool = False,
 ) -> Structure:
     """Load, prepare, turn to training form if asked, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
     prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=name_list(output))
+    straight: list[str] = []
+    if straight_through:
+        prepared.graph, straight = pass_through(prepared.graph, prepared.graph.opset, source.name)
     turned: TrainMode | None = None
     if mode == "train":
         prepared.graph, turned = train_mode(prepared.graph)
@@ -75,7 +82,7 @@ def structure(
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned, straight)
 
 
 def placed(found: Structure, where: str) -> Structure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,17 @@ def levelize(
     """
     if out and identities == "none":
         raise click.UsageError("--identities none only reports; leave out -o, or choose edge, shared or min.")
-    from zilc import onnx_io, pipeline
+    from zilc import figures, onnx_io, pipeline
 
+    if svg or png:
+        figures.require()
     with working("levels"):
         made = pipeline.levelize(model, identities=identities, **shared.selection_of(given))  # type: ignore[arg-type]
         _write(
-            {
-                out: lambda path: onnx_io.save(made.model, path, base_dir=str(Path(model).parent)),
-                html: lambda path: path.write_text(made.html(), "utf-8"),
-                svg: lambda path: path.write_bytes(made.figure("svg")),
-                png: lambda path: path.write_bytes(made.figure("png")),
-            }
+            (out, lambda path: onnx_io.save(made.model, path, base_dir=str(Path(model).parent))),
+            (html, lambda path: path.write_text(made.html(), "utf-8")),
+            (svg, lambda path: path.write_bytes(made.figure("svg"))),
+            (png, lambda path: path.write_bytes(made.figure("png"))),
         )
     from zilc import show
 
@@ -151,12 +151,12 @@ def levelize(
         show.levels(show.Page(), made.report, written)
 
 
-def _write(files: Mapping[str | None, Callable[[Path], object]]) -> None:
-    """Write the files that are asked for: all of them, or none."""
+def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
+    """Write the files that are asked for, those with a path: all of them, or none."""
     from zilc.errors import FileError
     from zilc.files import HINT, together
 
-    wanted = [(path, make) for path, make in files.items() if path]
+    wanted = [(path, make) for path, make in files if path]
     with together(*(path for path, _ in wanted)) as stand_ins:
         for (path, make), target in zip(wanted, stand_ins, strict=True):
             try:
@@ -236,11 +236,17 @@ def emit_training(
 @click.option("--inputs", type=click.Path(), metavar="FEEDS.npz",
               help="Arrays by input name, targets among them if you like. Default: random ones.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of feeds and directions.")
+@click.option("--certificate", type=click.Path(), metavar="FILE",
+              help="Write a page and a JSON document to cite, FILE.html and FILE.json: both precisions, an independent "
+                   "reverse mode, every ablation.")
+@click.option("--ablations/--no-ablations", default=True, show_default=True,
+              help="Ablations in the certificate; each takes as many forward and backward passes as there are levels.")
 @shared.as_json
 @click.pass_context
 def verify(
-    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, as_json: bool, **given: Any
-) -> None:
+    ctx: click.Context, model: str, precision: str, inputs: str | None, seed: int, certificate: str | None,
+    ablations: bool, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Compare Z-IL with reverse mode and with differences.
 
     Both training graphs are emitted and run on the same feeds and compared bit by bit; central differences are taken in
@@ -248,15 +254,22 @@ def verify(
     random directions a parameter.  Exit status 1 if any comparison fails:
     so does inference learning, and every option that breaks a condition of the theorem.
 
+    With --certificate everything is measured in both precisions, against an independent reverse mode too, and so is
+    every ablation; the status is 1 if one of its checks fails.
+
     \b
     Example:
         zilc verify model.onnx --loss cross-entropy --precision float64
         zilc verify model.onnx --inputs batch.npz --json
+        zilc verify model.onnx --loss cross-entropy --certificate model.certificate
     """
     from zilc import optimizers, verification
 
     training = shared.training_of(given)
     optimizers.make(training["optimizer"], training["options"])  # plays no part in gradients, but must make sense
+    if certificate:
+        _certificate(ctx, model, certificate, ablations, inputs, seed, as_json, shared.selection_of(given), training)
+        return
     wanted = {key: training[key] for key in ("loss", "class_axis", *shared.DYNAMICS)}
     with progress("differences") as bar:
         found = verification.verify(
@@ -270,6 +283,39 @@ def verify(
     else:
         show.verification(show.Page(), found.data)
     if not found.passed:
+        ctx.exit(1)
+
+
+def _certificate(
+    ctx: click.Context, model: str, place: str, ablations: bool, inputs: str | None, seed: int, as_json: bool,
+    selection: dict[str, Any], training: dict[str, Any],
+) -> None:  # fmt: skip
+    """``zilc verify --certificate``: every variant and both precisions are measured, so none can be chosen."""
+    for name in ("precision", *shared.DYNAMICS):
+        if name == "identities" or ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            continue
+        if name != "mode":
+            raise click.UsageError(f"--certificate measures every variant; leave out --{name.replace('_', '-')}.")
+        if training["mode"] != "eval":
+            raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
+    placement = training["identities"] or "shared"
+    if placement == "none":
+        raise click.UsageError("--certificate measures Z-IL on a levelled graph; leave out --identities none.")
+    import shlex
+
+    from zilc import certificate, show
+
+    with progress("certificate") as bar:
+        made = certificate.certify(
+            model, loss=training["loss"], class_axis=training["class_axis"], identities=placement, inputs=inputs,
+            seed=seed, ablations=ablations, command=shlex.join(["zilc", *sys.argv[1:]]), progress=bar, **selection,
+        )  # fmt: skip
+        written = [str(path) for path in made.save(place)]
+    if as_json:
+        click.echo(show.document(made.data))
+    else:
+        show.certificate(show.Page(), made.data, written)
+    if not made.passed:
         ctx.exit(1)
 
 
@@ -294,7 +340,7 @@ def trace(
     model: str, data: str | None, out: str | None, html: str | None, svg: str | None, png: str | None, alone: bool,
     full: tuple[str, ...], seed: int, as_json: bool, **given: Any,
 ) -> None:
-    """Record prediction errors at every inference step.
+    """Record every inference step of one batch.
 
     Runs the literal dynamics once and records, for each step and vertex, the prediction error, the movement of the
     value node and the energy.  Prints the energy step by step and which parameters learn when; -o writes the arrays.
@@ -307,8 +353,10 @@ def trace(
         zilc trace model.onnx --algorithm il --steps 100 --gamma 0.1 --full block1/Add -o il.npz
         zilc trace model.onnx --loss cross-entropy --svg wave.svg
     """
-    from zilc import pipeline, tracing
+    from zilc import figures, pipeline, tracing
 
+    if svg or png:
+        figures.require()
     selection = shared.selection_of(given)
     options = shared.tracing_of(given)
     shared_options = {key: options[key] for key in ("loss", "class_axis", "mode")}
@@ -325,19 +373,12 @@ def trace(
         levelled = pipeline.levelize(model, identities=placement, **selection)  # type: ignore[arg-type]
         path.write_text(levelled.html(traces=found), "utf-8")
 
-    def figure(kind: str) -> Callable[[Path], object]:
-        from zilc import figures
-
-        return lambda path: path.write_bytes(figures.waves(found, kind))
-
     with working("pictures"):
         _write(
-            {
-                out: found[0].write,
-                html: page,
-                **({svg: figure("svg")} if svg else {}),
-                **({png: figure("png")} if png else {}),
-            }
+            (out, found[0].write),
+            (html, page),
+            (svg, lambda path: path.write_bytes(figures.waves(found, "svg"))),
+            (png, lambda path: path.write_bytes(figures.waves(found, "png"))),
         )
     from zilc import show
 

@@ -272,7 +272,10 @@ def copy_tensor(tensor: gs.Tensor, name: str | None = None) -> gs.Tensor:
     """A tensor like ``tensor``, connected to nothing; constants share their values."""
     if isinstance(tensor, gs.Constant):
         return gs.Constant(name or tensor.name, tensor._values, data_location=tensor.data_location)
-    return gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
+    made = gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
+    if onnx_io.is_straight(tensor):
+        setattr(made, onnx_io.STRAIGHT, True)
+    return made
 
 
 @dataclass

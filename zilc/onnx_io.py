@@ -7,9 +7,11 @@ lies) is carried here, and its logger, which writes to stdout, is kept silent.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -253,6 +255,14 @@ def read_tensor(tensor: onnx.TensorProto, base_dir: str = "") -> np.ndarray:
         raise FileError(f"external data of tensor '{tensor.name}' cannot be read ({error})", where=str(path)) from error
 
 
+def read_here_and_there(array: np.ndarray) -> np.ndarray:
+    """The same array; of a mapped file, the system reads no more than the pages that are asked for, where it can."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return array
+
+
 # --- protobuf -> IR -------------------------------------------------------------------------------------------
 
 
@@ -305,12 +315,21 @@ def holds_float64(model: onnx.ModelProto) -> bool:
     return any(i.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE for i in interface)
 
 
+#: Set on quantised tensors through which the gradient passes as if they were not.
+STRAIGHT = "_zilc_straight"
+
+
+def is_straight(tensor: gs.Tensor) -> bool:
+    """Whether a quantised tensor carries the gradient (``--straight-through``)."""
+    return bool(getattr(tensor, STRAIGHT, False))
+
+
 def may_hold_floats(tensor: gs.Tensor) -> bool:
     """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
 
     What a foreign operator makes has no type unless the file says so.
     """
-    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
+    if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None) or is_straight(tensor):
         return True
     dtype = np_dtype(tensor.dtype)
     return dtype is None or _is_float_dtype(dtype)
@@ -428,6 +447,16 @@ def load_values(held: np.ndarray | LazyValues) -> np.ndarray:
     if isinstance(held, (FilledValues, SparseValues)):
         return held.load()
     return read_tensor(held.tensor, getattr(held, "base_dir", ""))
+
+
+def copy_values(held: np.ndarray | LazyValues) -> np.ndarray | LazyValues:
+    """The same values for a constant of another name: GraphSurgeon writes a constant's name into lazy values."""
+    if not isinstance(held, LazyValues):
+        return held
+    made = copy.copy(held)
+    made.tensor = type(held.tensor)()
+    made.tensor.CopyFrom(held.tensor)
+    return made
 
 
 # --- IR -> protobuf -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ PLACEMENTS = ("edge", "shared", "min", "min-bytes")
 #: The options that say how the dynamics run, as keyword arguments of the library.
 DYNAMICS = (
     "algorithm", "identities", "schedule", "steps", "gamma", "update_at", "init_noise", "fixed_predictions", "mode",
+    "straight_through",
 )  # fmt: skip
 
 
@@ -120,6 +121,8 @@ training = _apply(
         _mode,
         click.option("--fixed-predictions", is_flag=True,
                      help="Keep predictions and derivatives at their forward values (literal schedule)."),
+        click.option("--straight-through", is_flag=True,
+                     help="Pass gradients through QuantizeLinear where it did not saturate, and DequantizeLinear."),
     ]
 )  # fmt: skip
 

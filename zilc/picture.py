@@ -11,7 +11,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -260,20 +260,20 @@ def _blocks(
             at = column[len(flow.vertices) + k]
             scopes[at] = scopes[at] or _parts(leaf)
     cuts = _by_module(scopes, width) or _by_skips(crowd, width)
-    made = []
+    spans: list[tuple[int, int, list[str]]] = []
     block_of = [0] * width
     for low, high in cuts:
         inside = [scopes[c] for c in range(low, high + 1) if scopes[c]]
         for c in range(low, high + 1):
-            block_of[c] = len(made)
-        made.append({"low": low, "high": high, "label": _label(inside)})
+            block_of[c] = len(spans)
+        spans.append((low, high, _label(inside)))
     # What all have in common tells nothing.
-    named = [b["label"] for b in made if b["label"]]
+    named = [label for *_, label in spans if label]
     shared = 0
     while named and all(len(n) > shared + 1 and n[: shared + 1] == named[0][: shared + 1] for n in named):
         shared += 1
-    for block in made:
-        block["label"] = ".".join(block["label"][shared if len(named) > 1 else 0 :])
+    skipped = shared if len(named) > 1 else 0
+    made = [{"low": low, "high": high, "label": ".".join(label[skipped:])} for low, high, label in spans]
     return made, block_of
 
 
@@ -320,7 +320,8 @@ def _by_module(scopes: Sequence[Sequence[str]], width: int) -> list[tuple[int, i
 def _by_skips(crowd: Mapping[int, int], width: int) -> list[tuple[int, int]]:
     """Between columns that one vertex has to itself after a crowded one; where there are none, in equal parts."""
     ends = [c for c in range(1, width) if crowd[c] <= 1 < crowd.get(c - 1, 0)]
-    cuts, low = [], 0
+    cuts: list[tuple[int, int]] = []
+    low = 0
     for c in [*ends, width]:
         if c - low >= FEW or c == width:
             if c == width and cuts and c - low < FEW:
@@ -341,7 +342,7 @@ def _no_longer(cuts: Sequence[tuple[int, int]], width: int) -> list[tuple[int, i
     for low, high in cuts:
         parts = -(-(high - low + 1) // max(MOST, width // 12))
         edges = [low + (high - low + 1) * k // parts for k in range(parts + 1)]
-        made += [(a, b - 1) for a, b in zip(edges, edges[1:], strict=False)]
+        made += [(a, b - 1) for a, b in pairwise(edges)]
     return made
 
 

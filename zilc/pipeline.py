@@ -215,6 +215,7 @@ def emit_training(
     fixed_predictions: bool = False,
     mode: Mode = "eval",
     trace: bool | Sequence[str] = False,
+    straight_through: bool = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -253,6 +254,8 @@ def emit_training(
         trace: the literal schedule also gives, for every step and vertex, the norm of the prediction error, the norm
             of the value node's movement, and the energy; vertices named here are traced with whole tensors.  The
             signature's ``trace`` names the outputs.
+        straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
+            were rounded; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -262,13 +265,20 @@ def emit_training(
     _one_of("--algorithm", algorithm, ("zil", "il", "bp"))
     _one_of("--mode", mode, ("eval", "train"))
     plan = _plan(algorithm, schedule, identities, steps, gamma, update_at, init_noise, fixed_predictions)
+    if straight_through and plan.literal is not None:
+        raise OptionError(
+            "quantised value nodes cannot move by fractions", where="--straight-through", hint="Use the wavefront."
+        )
     full = None if trace is False else [] if trace is True else name_list(trace)
     if full is not None and plan.literal is None:
         raise OptionError(
             "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
         )
     chosen_optimizer = optimizers.make(optimizer, options)
-    found = structure(model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir)
+    found = structure(
+        model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir,
+        straight_through=straight_through,
+    )  # fmt: skip
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
     chosen = parameters.select(found.graph, found.flow, wrt=name_list(wrt), freeze=name_list(freeze), where=found.where)
@@ -324,6 +334,7 @@ def emit_training(
         for n in chosen.parameters
     ]  # fmt: skip
     report["losses"] = losses
+    report["straight_through"] = found.straight
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None
     initial = State({name: state[own] for name, own in renamed.items()})
     report["mode"] = mode
@@ -548,6 +559,7 @@ def _signature(
             {"name": n, "level": training.leaves[n].level, "grad": training.leaves[n].grad} for n in chosen.inputs
         ],
         "carried": training.carried,
+        **({"straight_through": True} if found.straight else {}),
     }
 
 

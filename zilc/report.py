@@ -182,7 +182,7 @@ def _looks_tied(found: Structure, chosen: Selection) -> list[str]:
             continue
         samples: dict[bytes, str] = {}
         for name in drawer:
-            array = onnx_io.values(everything[name])
+            array = onnx_io.read_here_and_there(onnx_io.values(everything[name]))
             for transposed in (False, True) if array.ndim == 2 else (False,):
                 view = array.T if transposed else array
                 rows = np.linspace(0, view.shape[0] - 1, 8).astype(int)

@@ -342,14 +342,54 @@ def verification(page: Page, data: Mapping[str, Any]) -> None:
         "parameters",
         ["name", "level#", f"{name} and BP", "gradient norm#", "directions#", "error#"],
         [
-            [p["name"], p["level"], "bits equal" if p["bits_equal"] else f"differ by up to {p['max_ulp']} ulp",
+            [p["name"], p["level"], "bits equal" if p["bits_equal"] else f"differ by {_share(p['divergence'])}",
              p["gradient_norm"], p["directions"], p["max_error"]]
             for p in data["parameters"]
         ],
     )  # fmt: skip
     page.line()
     page.line(f"{name} equals BP bit for bit: {'yes' if data['zil_equals_bp'] else 'no'}")
+    if not data["zil_equals_bp"]:
+        page.line(f"distance of {name}'s update from BP's, relative to BP's: {_share(data['divergence'])}")
     page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
+
+
+def certificate(page: Page, data: Mapping[str, Any], written: Sequence[str]) -> None:
+    """What ``zilc verify --certificate`` prints."""
+    mode = data["independent"]
+    uncovered = [f"{p}: {mode[p]['reason']}" for p in ("float64", "float32") if not mode[p]["covered"]]
+    page.facts(
+        {
+            "model": data["model"]["name"],
+            "SHA-256": data["model"]["sha256"],
+            "K": data["structure"]["levels"],
+            "identities": ", ".join(f"{k} {c['vertices']}" for k, c in data["structure"]["identities"].items()),
+            "independent reverse mode": "; not covered, ".join([mode["library"], *uncovered]),
+        }
+    )
+    verdicts = {True: "passed", False: "FAILED", None: "not made"}
+    page.table(
+        "checks",
+        ["measured#", "bound#", "result", "what"],
+        [[c["measured"], c["bound"], verdicts[c["passed"]], c["text"]] for c in data["checks"]],
+    )
+    if data["settings"]["ablations"]:
+        page.table(
+            "distance of the update from BP's, relative to BP's",
+            ["variant", "float64#", "float32#", "theory"],
+            [
+                [v["title"], *(_share(v["divergence"][p]["bp"]) for p in ("float64", "float32")),
+                 "" if v["claim"] == "none" else f"{len(v['against_theory'])} off" if v["against_theory"] else "holds"]
+                for v in data["variants"]
+            ],
+        )  # fmt: skip
+    page.table("written", [], [[path] for path in written])
+    page.line()
+    page.line(f"verdict: {'passed' if data['passed'] else 'FAILED'}")
+
+
+def _share(value: float | None) -> str:
+    return f"{value:.3g}" if value is not None and math.isfinite(value) else "not finite"
 
 
 def operators(page: Page, data: Mapping[str, Any]) -> None:

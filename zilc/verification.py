@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from zilc import onnx_io
-from zilc.analysis import Names, Structure, structure
+from zilc.analysis import Names, Structure, name_list, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
 from zilc.feeds import BATCH, STATISTICS_BATCH, arrays, checked_feeds, random_feeds, random_target
@@ -77,6 +77,8 @@ def verify(
         inputs: arrays by input name (and targets), or an .npz file of them; by default random ones.
         directions: random directions a parameter.
         progress: called with (done, total) forward passes; those that a shorter step repeats are not counted.
+        straight_through (among ``dynamics``): differences are those of the straight-through line
+            (:mod:`zilc.surrogate`), never of the rounding function.
         dynamics: how the gradient is computed: ``algorithm``, ``identities``, ``schedule`` and so on; by default Z-IL's
             wavefront.  Of the literal schedule no equal bits are asked: it may give a zero another sign.
         Everything else as for :func:`zilc.emit_training`.
@@ -87,27 +89,38 @@ def verify(
     if precision not in TOLERANCE:
         raise OptionError(f"no precision '{precision}'", where="--precision", hint="Choose float32 or float64.")
     source = onnx_io.load(model, base_dir=base_dir)
-    double = Source(to_float64(inline_functions(source), source.base_dir), source.path)
+    straight = bool(dynamics.pop("straight_through", False))
+    unrounded = source
+    if straight:
+        if precision != "float32":
+            raise OptionError("quantised models have no float64 form", where="--precision", hint="Choose float32.")
+        if mode == "train":
+            raise OptionError(
+                "the straight-through line is that of the inference form", where="--mode", hint="Leave it out."
+            )
+        unrounded = _unrounded(source, inputs, seed, output, dims or {}, wrt)
+    double = Source(to_float64(inline_functions(unrounded), source.base_dir), source.path)
     chosen = double if precision == "float64" else source
     shared: dict[str, Any] = {
         "loss": loss, "class_axis": class_axis, "output": output, "wrt": wrt, "freeze": freeze, "tie": tie,
-        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode,
+        "dims": dims, "opset": opset, "outputs": "grad", "mode": mode, "straight_through": straight,
     }  # fmt: skip
     zil = emit_training(chosen, **dynamics, **shared)
     bp = emit_training(chosen, algorithm="bp", **shared)
     found = structure(double, output=output, dims=dims, tie=tie, opset=opset, mode=mode)
     losses = settle_losses(found, loss)
-    forward = _Forward(found, zil)
-    feeds = _feeds(found, inputs, seed, dims or {})
-    targets = _targets(zil, forward, feeds, inputs, losses, class_axis, seed)
+    forward = Forward(found, zil)
+    feeds = feeds_of(found, inputs, seed, dims or {})
+    targets = targets_of(zil, forward, feeds, inputs, losses, class_axis, seed)
 
     run = executor(zil.model)
-    got = _gradients(run, zil, {**feeds, **targets}, precision)
-    other = _gradients(executor(bp.model, prefer=_kind(run)), bp, {**feeds, **targets}, precision)
+    got = gradients_of(run, zil, {**feeds, **targets}, precision)
+    other = gradients_of(executor(bp.model, prefer=kind_of(run)), bp, {**feeds, **targets}, precision)
 
     leaves = [*zil.signature["parameters"], *zil.signature["input_grads"]]
     rng = np.random.default_rng(seed + 1)
     largest = max((float(np.linalg.norm(np.asarray(g, np.float64))) for g in got.values()), default=0.0)
+    theirs = max((float(np.linalg.norm(np.asarray(g, np.float64))) for g in other.values()), default=0.0)
     rows, done, total = [], 0, 2 * directions * len(leaves)
     for leaf in leaves:
         name, g = leaf["name"], got[leaf["name"]]
@@ -133,6 +146,7 @@ def verify(
                 "level": leaf["level"],
                 "bits_equal": bits_equal(g, other[name]),
                 "max_ulp": max_ulp(g, other[name]),
+                "divergence": divergence(g, other[name], 1e-6 * theirs),
                 "gradient_norm": norm,
                 "directions": directions,
                 "max_error": worst,
@@ -151,7 +165,9 @@ def verify(
             "differences_of": _TRAINING_FORM if found.mode and found.mode.turned else "the model",
             "levels": zil.signature["levels"],
             "executor": {"training": run.name, "differences": forward.executor.name},
+            "straight_through": straight,
             "zil_equals_bp": equal,
+            "divergence": overall(got, other),
             "tolerance": tolerance,
             "max_error": max((r["max_error"] for r in rows), default=0.0),
             "passed": (equal or literal) and all(r["max_error"] <= tolerance for r in rows),
@@ -165,6 +181,31 @@ def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def divergence(found: np.ndarray, truth: np.ndarray, floor: float = 0.0) -> float:
+    """|found - truth| / max(|truth|, floor), in float64; infinite where ``found`` is not finite (ZIL.md, section 8).
+
+    Args:
+        floor: a gradient that is zero but for rounding has no relative error: a share of the largest one's norm.
+    """
+    a, b = np.asarray(found, np.float64), np.asarray(truth, np.float64)
+    with np.errstate(all="ignore"):
+        off = float(np.linalg.norm(a - b))
+    scale = max(float(np.linalg.norm(b)), floor)
+    if not np.isfinite(off):
+        return float("inf")
+    return off / scale if scale else (0.0 if off == 0.0 else float("inf"))
+
+
+def overall(found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> float:
+    """:func:`divergence` of all parameters laid end to end: how far one update is from another, as a share of it."""
+    with np.errstate(all="ignore"):
+        off = sum(float(np.sum((np.asarray(found[n], "d") - np.asarray(g, "d")) ** 2)) for n, g in truth.items())
+        whole = sum(float(np.sum(np.asarray(g, "d") ** 2)) for g in truth.values())
+    if not np.isfinite(off):
+        return float("inf")
+    return float(np.sqrt(off / whole)) if whole else (0.0 if off == 0.0 else float("inf"))
+
+
 def max_ulp(a: np.ndarray, b: np.ndarray) -> float:
     """The largest distance between entries in units in the last place."""
     if a.size == 0:
@@ -173,11 +214,11 @@ def max_ulp(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.max(np.abs(a - b) / np.spacing(np.maximum(np.abs(a), np.abs(b)))))
 
 
-def _kind(run: Executor) -> str:
+def kind_of(run: Executor) -> str:
     return "onnxruntime" if run.name.startswith("onnxruntime") else "reference"
 
 
-def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
+def gradients_of(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
     """Gradients by leaf name; floating feeds are cast to the training graph's precision."""
     signature = step.signature
     given = {name: np.asarray(value) for name, value in feeds.items()}
@@ -194,7 +235,7 @@ def _gradients(run: Executor, step: TrainingStep, feeds: Mapping[str, np.ndarray
     return {leaf["name"]: made[leaf["grad"]] for leaf in leaves}
 
 
-def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+def feeds_of(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Inputs in float64.  float32 runs see them rounded, so they are rounded once for both."""
     mode = found.mode or TrainMode()
     drawn = {mode.seed: seed, mode.step: 0} if mode.seed else {}
@@ -208,12 +249,29 @@ def _feeds(found: Structure, inputs: Any, seed: int, dims: Mapping[str, int]) ->
     }  # fmt: skip
 
 
+def _unrounded(source: Source, inputs: Any, seed: int, output: Names, dims: Mapping[str, int], wrt: Names) -> Source:
+    """The straight-through line of a quantised model at its feeds."""
+    from zilc.surrogate import straight_line
+
+    found = structure(source, output=output, dims=dims, straight_through=True)
+    proto = inline_functions(source)
+    kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+    feeds = {n: np.asarray(v, kinds[n]) for n, v in feeds_of(found, inputs, seed, dims).items()}
+    scales = {n.inputs[1].name for n in found.graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")}
+    named = sorted(scales & set(name_list(wrt)))
+    if named:
+        raise OptionError(
+            f"'{named[0]}' is a scale of quantisation, which the straight-through line holds fixed", where="--wrt"
+        )
+    return Source(straight_line(proto, feeds), source.path, source.base_dir)
+
+
 def _rounded(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
 
 
-def _targets(
-    step: TrainingStep, forward: _Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
+def targets_of(
+    step: TrainingStep, forward: Forward, feeds: Mapping[str, np.ndarray], inputs: Any,
     losses: Mapping[str, str], class_axis: int, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     rng = np.random.default_rng(seed + 2)
@@ -232,7 +290,7 @@ def _targets(
     return targets
 
 
-class _Forward:
+class Forward:
     """The model itself in float64, in training form if asked, its trained leaves fed from outside."""
 
     def __init__(self, found: Structure, step: TrainingStep) -> None:
@@ -248,9 +306,9 @@ class _Forward:
             # In training form, where ties are made already.  What the compiler emits for BatchNormalization has no
             # part in it: its training form stays one operator here.
             proto, self.followers = _whole_batch_normalization(onnx_io.to_proto(found.graph)), {}
-        self.executor = executor(_opened(proto, self._fed({}), self.outputs_wanted))
+        self.executor = executor(opened(proto, self.fed({}), self.outputs_wanted))
 
-    def _fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every opened initializer, some of them moved."""
         values = {**self.values, **{n: v for n, v in moved.items() if n in self.values}}
         for follower, (leaf, transposed) in self.followers.items():
@@ -260,7 +318,7 @@ class _Forward:
     def outputs(self, feeds: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
         """Trained outputs by name, with some parameters or inputs moved."""
         moved = moved or {}
-        given = {**feeds, **{n: v for n, v in moved.items() if n in feeds}, **self._fed(moved)}
+        given = {**feeds, **{n: v for n, v in moved.items() if n in feeds}, **self.fed(moved)}
         return self.executor(given, self.outputs_wanted)
 
     def slope(
@@ -296,10 +354,15 @@ def _whole_batch_normalization(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _opened(
-    source: onnx.ModelProto, leaves: Mapping[str, np.ndarray], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    """The model with ``leaves`` as graph inputs instead of initializers or constants, and ``outputs`` as outputs."""
+def opened(
+    source: onnx.ModelProto, leaves: Mapping[str, np.ndarray], outputs: Sequence[str],
+    kind: int = onnx.TensorProto.DOUBLE,
+) -> onnx.ModelProto:  # fmt: skip
+    """The model with ``leaves`` as graph inputs instead of initializers or constants, and ``outputs`` as outputs.
+
+    Args:
+        kind: element type of the leaves and of outputs that the model has not listed.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(source)
     graph = made.graph
@@ -310,10 +373,10 @@ def _opened(
     listed = {i.name for i in inputs}
     for name, value in leaves.items():
         if name not in listed:
-            inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, value.shape))
+            inputs.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
     for name in outputs:
         if name not in {o.name for o in graph.output}:
-            graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None))
+            graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     for entries, new in ((graph.initializer, kept), (graph.node, nodes), (graph.input, inputs)):
         del entries[:]
         entries.extend(new)

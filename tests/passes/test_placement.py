@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.test_properties import clamped, gradients, run, same_bits, training
 from zilc import analysis, models
 from zilc.graph import Dataflow
 from zilc.onnx_io import serialize
-from zilc.passes.levels import Levels
+from zilc.passes.levels import Levels, find_levels
 from zilc.passes.placement import latest_levels, least_identities, needed
 
 #: a branches; the short branch ends in one number, so one identity of one element does for two of a's size.
@@ -173,7 +174,7 @@ def test_gradients_have_the_bits_of_bp(seed: int) -> None:
 def test_the_order_of_sums_would_change_with_the_levels() -> None:
     """So the test above can fail: among its graphs are sums that the moved levels would order otherwise."""
     from zilc.passes.identities import flow_of, insert_identities
-    from zilc.passes.levels import find_levels, sum_order
+    from zilc.passes.levels import sum_order
 
     changed = 0
     for seed in range(25):
@@ -192,16 +193,37 @@ def test_the_order_of_sums_would_change_with_the_levels() -> None:
     assert changed >= 2
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("residual", {}), ("resnet18", {"image": 32, "width": 4}), ("rnn", {}), ("alexnet", {"image": 63, "width": 4}),
-        ("transformer", {"vocabulary": 20, "length": 5, "d_model": 16, "heads": 2, "d_ff": 8}), ("digits", {}),
-    ],
-)  # fmt: skip
-def test_no_more_than_shared_on_the_paper_networks(name: str, sizes: dict[str, int]) -> None:
-    counted = zilc.levelize(models.build(name, **sizes), identities="none").report["identities"]
+#: Smaller weights where they are large; the graphs are those of the full sizes.
+SIZES: dict[str, dict[str, int]] = {
+    "resnet18": {"image": 32, "width": 4}, "alexnet": {"image": 63, "width": 4},
+    "transformer": {"vocabulary": 20, "d_model": 16, "heads": 2, "d_ff": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_no_more_than_shared_on_the_paper_networks(name: str) -> None:
+    counted = zilc.levelize(models.build(name, **SIZES.get(name, {})), identities="none").report["identities"]
     assert counted["min"]["vertices"] <= counted["shared"]["vertices"] <= counted["edge"]["vertices"]
+    assert counted["min-bytes"]["vertices"] >= counted["min"]["vertices"]
+
+
+@pytest.mark.parametrize(
+    ("vertices", "width"), [(2_000, 12), *(pytest.param(20_000, n, marks=pytest.mark.long) for n in (12, 200, 4000))]
+)
+def test_large_graphs_in_under_a_minute(vertices: int, width: int) -> None:
+    """Random graphs with skips of every length and slack all over: fewer than shared, each program in a minute."""
+    from tools.placement import random_flow
+
+    flow = random_flow(vertices, 0, width)
+    assert len(flow.vertices) == vertices
+    lowest = find_levels(flow)
+    begun = time.perf_counter()
+    least = least_identities(flow)
+    assert time.perf_counter() - begun < 60
+    assert needed(flow, least) < needed(flow, lowest)
+    begun = time.perf_counter()
+    assert needed(flow, least_identities(flow, by="bytes"), by="bytes") < needed(flow, lowest, by="bytes")
+    assert time.perf_counter() - begun < 60
 
 
 def test_signature_and_reports_tell_the_moved_levels() -> None:

@@ -147,6 +147,11 @@ def no_gradient(*ops: str, since: int = 1, domain: str = "", note: str = "") -> 
 
 def lookup(node: gs.Node, opset: int) -> Rule | None:
     """The rule of a node's operator at ``opset``: the written one, else one derived from its function body, or None."""
+    if any(onnx_io.is_straight(t) for t in (*node.inputs, *node.outputs)):
+        from zilc.vjp.quantization import STRAIGHT
+
+        if node.op in STRAIGHT:
+            return STRAIGHT[node.op]
     rule = TABLE.lookup(node.op, opset, node.domain)
     if rule is not None:
         return rule

@@ -177,7 +177,7 @@
           when.append("tspan").text(`t = ${t}`);
         } else add("sub", 9, N.kind[e.i] === INPUT ? N.shape[e.i].replace(/^[a-z]+\d*/, "") : "not trained");
       } else {
-        add("", -1, N.op[e.i].length > 13 ? N.op[e.i].slice(0, 12) + "…" : N.op[e.i]);
+        add("", -1, N.op[e.i].length > 12 ? N.op[e.i].slice(0, 11) + "…" : N.op[e.i]);
         add("sub", 10, tail(N.name[e.i], 18));
       }
     }
@@ -599,7 +599,7 @@
   /** A flat graph takes no more of the window than it fills. */
   function room() {
     const { width } = size(), w = extent.right - extent.left + 60, h = extent.bottom - extent.top;
-    svg.style("height", `${Math.round(Math.max(300, Math.min(Math.min(width / w, 1.6) * h + 30, innerHeight * .58)))}px`);
+    svg.style("height", `${Math.round(Math.max(360, Math.min(Math.min(width / w, 1.6) * h + 30, innerHeight * .58)))}px`);
   }
   drawOverview();
   room();
