@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from tests.vjp.cases import Case
+from zilc import rules as own
 from zilc.onnx_io import MIN_OPSET
 from zilc.testing import op_model, run, vjp_model
 from zilc.vjp import composite, table
@@ -48,8 +49,34 @@ def test_every_rule_has_a_case(rule: Rule) -> None:
     assert any(c.op == rule.op and c.opset in in_force for c in CASES), f"{rule.op} since opset {rule.since}"
 
 
+def _without_a_case() -> list[str]:
+    """Rules of ONNX's own operators that nothing tests, by the table as it is now."""
+    rules = [r for r in TABLE if r.domain == "" and r.differentiable and _opsets(r)]
+    return [
+        f"{r.op}-{r.since}" for r in rules if not any(c.op == r.op and c.opset in set(_opsets(r)) for c in CASES)
+    ]
+
+
+def _without_a_rule() -> list[str]:
+    return sorted({c.op for c in CASES if TABLE.lookup(c.op, c.opset) is None})
+
+
 def test_every_case_has_a_rule() -> None:
-    assert sorted({c.op for c in CASES if TABLE.lookup(c.op, c.opset) is None}) == []
+    assert _without_a_rule() == []
+
+
+def test_rules_of_the_users_own_hide_nothing() -> None:
+    """They come and go; what they add to ONNX's operators, or take away, is seen; other domains are theirs."""
+    assert _without_a_case() == []
+    with own.scoped():
+        own.defvjp("Mine", lambda op, g, y, x: g, domain="com.example")
+        own.defvjp("Exp", lambda op, g, y, x: op.Mul(g, y), replace=True)
+        assert (_without_a_case(), _without_a_rule()) == ([], [])
+        own.defvjp("Hardmax", lambda op, g, y, x, *, axis: g, since=13, replace=True)
+        assert _without_a_case() == ["Hardmax-13"]
+        del TABLE.rules["", "Exp"]
+        assert _without_a_rule() == ["Exp"]
+    assert (_without_a_case(), _without_a_rule()) == ([], [])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.op}-{r.since}")
