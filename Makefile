@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper zoo figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper scale figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -15,6 +15,9 @@ exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
 
+rivals: .venv/test.stamp .venv-peers/bench.stamp .venv-ort-training/bench.stamp
+	.venv/bin/python tools/rivals.py
+
 lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/mypy
@@ -25,6 +28,9 @@ bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+scale: .venv/test.stamp
+	.venv/bin/python tools/scale.py --write
 
 figures: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
