@@ -219,8 +219,13 @@ def examine(name: str, exporter: str) -> Row:
     network = NETWORKS[name]
     row = Row(name, network.kind, exporter, "")
     try:
-        module = make(name)
-        feeds = feeds_of(name)
+        module, feeds = make(name), feeds_of(name)
+        with torch.no_grad():
+            module(*(torch.from_numpy(v) for v in feeds.values()))
+    except Exception as error:  # of the list's own making
+        row.status = f"network: {type(error).__name__}: {error}"[:200]
+        return row
+    try:
         file = _export(network, module, feeds, exporter)
         row.opset = next(o.version for o in file.opset_import if o.domain in ("", "ai.onnx"))
         forward = forward_of(module, file, feeds)

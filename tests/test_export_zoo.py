@@ -14,11 +14,11 @@ from zilc.executors import executor
 from zilc.passes.precision import to_float64
 from zilc.passes.shape_values import infer_through_values
 
-#: One or two of each family, the cheap exporter mostly: about a second each, the others five.
+#: One or two of each family, the cheap exporter mostly.
 QUICK = [
     ("distilbert", "torchscript"), ("electra", "torchscript"), ("llama", "torchscript"), ("qwen2", "torchscript"),
     ("t5", "torchscript"), ("bart", "torchscript"), ("swin", "torchscript"), ("pvt", "torchscript"),
-    ("mobilenet-v3", "torchscript"), ("efficientnet", "torchscript"), ("unet-transposed", "torchscript"),
+    ("mobilenet-v3", "torchscript"), ("convnext", "torchscript"), ("unet-transposed", "torchscript"),
     ("unet-bilinear", "torchscript"), ("wav2vec2", "torchscript"), ("mamba", "torchscript"),
     ("bilstm", "torchscript"), ("bigru", "torchscript"), ("transformer-encoder", "torchscript"),
     ("vit", "dynamo"), ("gan", "dynamo"), ("bert", "dynamo-raw"),

@@ -318,14 +318,13 @@ def _average_pool(attrs: dict[str, Any], x: Tensor) -> Tensor:
     n, kernel = x.ndim - 2, list(attrs["kernel_shape"])
     strides = attrs.get("strides", [1] * n)
     start, end = _padding(attrs, x.shape[2:], kernel, strides, [1] * n)
-    if attrs.get("ceil_mode") or any(d != 1 for d in attrs.get("dilations", [1])):
-        raise NoTwin("AveragePool with ceil_mode or dilations")
+    if any(d != 1 for d in attrs.get("dilations", [1])):
+        raise NoTwin("AveragePool with dilations")
     function = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[n - 1]
-    size = math.prod(kernel)
-    total = function(_pad(x, start, end), kernel, strides) * size
-    one = torch.ones_like(x)
-    inside = _pad(one, start, end, 1.0 if attrs.get("count_include_pad") else 0.0)
-    return total / (function(inside, kernel, strides) * size)
+    inside = _pad(torch.ones_like(x), start, end, 1.0 if attrs.get("count_include_pad") else 0.0)
+    # PyTorch's divisor, the same in both, cancels; beyond the padding (ceil_mode) nothing counts.
+    ceil = bool(attrs.get("ceil_mode"))
+    return function(_pad(x, start, end), kernel, strides, 0, ceil) / function(inside, kernel, strides, 0, ceil)
 
 
 runs("GlobalAveragePool")(lambda attrs, x: x.mean(tuple(range(2, x.ndim)), keepdim=True))

@@ -92,7 +92,7 @@ NETWORKS: dict[str, Network] = {
     "mobilenet-v1": _classifier(CONVOLUTIONS, "MobileNetV1", depth_multiplier=0.25, min_depth=4),
     "mobilenet-v2": _classifier(CONVOLUTIONS, "MobileNetV2", depth_multiplier=0.25, min_depth=4),
     "efficientnet": _classifier(CONVOLUTIONS, "EfficientNet", width_coefficient=0.2, depth_coefficient=0.3,
-                                image_size=32, hidden_dim=32, dropout_rate=0.0),
+                                image_size=32, hidden_dim=256, dropout_rate=0.0),
     "resnet": _classifier(CONVOLUTIONS, "ResNet", **RESNET),
     "regnet": _classifier(CONVOLUTIONS, "RegNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2],
                           groups_width=4, layer_type="y"),
