@@ -28,6 +28,7 @@ from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants, set_scans_aside, unbatch_scans
 from zilc.passes.ranks import scalar_bounds, settle_ranks
 from zilc.passes.sequences import resolve_sequences
+from zilc.passes.shape_values import infer_through_values
 from zilc.passes.unroll import unroll
 
 #: Recurrences that ONNX says by a loop: what is in the loop are the vertices.
@@ -362,7 +363,7 @@ def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     made = _infer(proto, where)
     while foreign.add_types(made):
         made = _infer(made, where)
-    return made
+    return infer_through_values(made)
 
 
 def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:

@@ -139,6 +139,21 @@ def test_other_networks(name: str) -> None:
     assert zero == ({"layer1.attention.key.bias"} if name == "transformer" else set())
 
 
+def test_float32_noise_of_a_zero_gradient_is_no_divergence() -> None:
+    """The loop may round otherwise than the wavefront; of a key bias's gradient nothing but that is left."""
+    proto = models.build("transformer", vocabulary=40, length=8, d_model=16, heads=2, d_ff=24)
+    found = certify(proto, loss=LOSS, directions=1)
+    assert found.passed, found.data["checks"]
+    row = next(row for row in found.data["parameters"] if row["zero_gradient"])
+    assert row["name"] == "layer1.attention.key.bias"
+    literal = row["variants"]["literal"]["float32"]["bp"]
+    assert literal["relative"] < 1e-7
+    # Where it does not belong it is as large as the others, and told.
+    assert row["variants"]["update-at-end"]["float64"]["bp"]["relative"] is None or (
+        row["variants"]["update-at-end"]["float64"]["bp"]["relative"] > 1
+    )
+
+
 def test_several_outputs_and_an_inputs_gradient() -> None:
     found = certify(model(WEAVE), output=["h", "y"], wrt=["*", "x"], ablations=False)
     assert found.passed, found.data["checks"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 Value = Any  # a tensor, or a list of tensors for a sequence
 
 _RUNS: dict[str, Callable[..., Any]] = {}
@@ -81,7 +81,7 @@ class TorchGraph:
         operands = [values[n] if n else None for n in node.input]
         if node.op_type in ("If", "Loop", "Scan"):
             return getattr(self, f"_{node.op_type.lower()}")(_attributes(node), operands, values)
-        flat = [x for x in operands if isinstance(x, Tensor)]
+        flat = [x for x in operands if isinstance(x, torch.Tensor)]
         flat += [x for y in operands if isinstance(y, list) for x in y]
         moves = any(isinstance(y, list) for y in operands) or node.op_type.startswith("Sequence")
         if moves or any(x.requires_grad for x in flat):
@@ -102,7 +102,7 @@ class TorchGraph:
         graph = onnx.helper.make_graph([node], "one", infos, outputs)
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self.opset)])
         made = dict(zip([o.name for o in outputs], ReferenceEvaluator(model).run(None, given), strict=True))
-        return [_tensor(made[n]) if n else None for n in node.output]  # type: ignore[misc]
+        return [_tensor(made[n]) if n else None for n in node.output]
 
     def _if(self, attrs: dict[str, Any], operands: list[Any], values: Mapping[str, Value]) -> list[Value]:
         return self._inner(attrs["then_branch" if bool(operands[0]) else "else_branch"], values, [])
@@ -147,7 +147,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _ints(x: Any) -> list[int]:
-    return [int(n) for n in x.reshape(-1)] if isinstance(x, Tensor) else [int(n) for n in x]
+    return [int(n) for n in x.reshape(-1)] if isinstance(x, torch.Tensor) else [int(n) for n in x]
 
 
 #: No gradient leaves these: ONNX's reference evaluator does them.
@@ -494,7 +494,7 @@ def _pad_operator(
     for axis in range(x.ndim):
         place = np.arange(x.shape[axis])
         if start[axis] or end[axis]:
-            place = np.pad(place, (start[axis], end[axis]), mode="edge" if mode == "edge" else mode)  # type: ignore[call-overload]
+            place = np.pad(place, (start[axis], end[axis]), mode="edge" if mode == "edge" else mode)
             x = x.index_select(axis, torch.from_numpy(place))
     return x
 

@@ -67,7 +67,7 @@ class Task:
     def read(cls, folder: Path) -> Task:
         made = json.loads((folder / "task.json").read_text())
         made["folder"] = folder
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

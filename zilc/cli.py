@@ -307,7 +307,9 @@ def _certificate(
 
     with progress("certificate") as bar:
         made = certificate.certify(
-            model, loss=training["loss"], class_axis=training["class_axis"], identities=placement, inputs=inputs,
+            model, loss=training["loss"], class_axis=training["class_axis"],
+            identities=placement,  # type: ignore[arg-type]
+            inputs=inputs,
             seed=seed, ablations=ablations, command=shlex.join(["zilc", *sys.argv[1:]]), progress=bar, **selection,
         )  # fmt: skip
         written = [str(path) for path in made.save(place)]

@@ -27,7 +27,7 @@ COLOURS = {
     "vertex": ("#eef2f7", "#6b7a8c"), "heavy": ("#d6e2f0", "#2f5f8f"), "parameter": ("#fff1d6", "#c77700"),
     "untrained": ("#ffffff", "#8a94a0"), "input": ("#e0f0fa", "#1f7fb8"), "output": (INK, INK),
 }  # fmt: skip
-GREEN, ORANGE = "#009e73", "#f0a020"
+GREEN, ORANGE, LOST = "#009e73", "#f0a020", "#e39a8b"
 _HEAVY = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum", "Gather", "Attention"})
 #: Columns in a line of the graph; a deeper graph is broken into lines, as text is.
 LINE = 32
@@ -186,10 +186,10 @@ def _style(nodes: Mapping[str, Any], i: int) -> str:
 def _text(nodes: Mapping[str, Any], i: int) -> str:
     kind, name, t = nodes["kind"][i], nodes["name"][i], nodes["t"][i]
     if kind in (PARAMETER, INPUT):
-        short = name if len(name) <= 14 else "…" + name[-13:]
+        short = name if len(name) <= 12 else "…" + name[-11:]
         return short if t is None else f"{short}\nt = {t}"
     op = nodes["op"][i]
-    return op if len(op) <= 12 else op[:11] + "…"
+    return op if len(op) <= 11 else op[:10] + "…"
 
 
 # --- traces ---------------------------------------------------------------------------------------------------
@@ -210,20 +210,19 @@ def waves(traces: Sequence[Trace], kind: Kind = "svg") -> bytes:
     import matplotlib
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     maps = [trace.by_level("energy")[: trace.steps + (trace.algorithm == "il")].T for trace in traces]
-    live = [m[np.isfinite(m) & (m > 0) & ~_passed(t, m)] for t, m in zip(traces, maps, strict=True)]
-    values = np.concatenate([*live, np.zeros(0)])
-    high = float(values.max(initial=0.0)) or 1.0
-    low = max(float(values.min(initial=high)), high * 1e-10)
-    norm = LogNorm(min(low, high / 10), high, clip=True)
+    low, high, extend = _span(traces, maps)
+    norm = LogNorm(low, high, clip=True)
     colours = matplotlib.colormaps["viridis"]
     figure = Figure(figsize=(4.4 * len(maps) + 0.6, 3.3), layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for panel, trace, energy in zip(panels, traces, maps, strict=True):
         with np.errstate(all="ignore"):
             picture = colours(norm(np.where(np.isfinite(energy) & (energy > 0), energy, high)))
-        picture[~np.isfinite(energy)] = matplotlib.colors.to_rgba("#b9a7c6")
+        picture[~np.isfinite(energy)] = matplotlib.colors.to_rgba(LOST)
         passed = _passed(trace, energy)
         picture[passed] = 0.72 + 0.28 * picture[passed]
         picture[energy == 0] = 1.0
@@ -244,10 +243,37 @@ def waves(traces: Sequence[Trace], kind: Kind = "svg") -> bytes:
         else:
             for t in learning:
                 panel.axvline(t, color=ORANGE, linewidth=2)
-    scale = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=list(panels), pad=0.01)
+    scale = figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=list(panels), pad=0.01, extend=extend)
     scale.set_label("energy of the level", fontsize=8)
     scale.ax.tick_params(labelsize=7)
+    signs = [
+        Patch(facecolor="white", edgecolor=QUIET, label="exactly 0"),
+        Patch(facecolor=0.72 + 0.28 * np.asarray(colours(0.7)), label="paler: the wave has passed, nothing reads it"),
+        Line2D([], [], marker="o", linestyle="none", color=ORANGE, label="parameters learn"),
+    ]
+    if not all(np.isfinite(m).all() for m in maps):
+        signs.append(Patch(facecolor=LOST, label="overflowed"))
+    figure.legend(handles=signs, loc="outside lower center", ncols=len(signs), fontsize=7, frameon=False)
     return _saved(figure, kind)
+
+
+def _span(traces: Sequence[Trace], maps: Sequence[np.ndarray]) -> tuple[float, float, str]:
+    """The energies that colours span, and at which ends there are others ("neither", "min", "max" or "both").
+
+    What Z-IL's front has, and of the others what lies near it: inference learning that diverges would leave the front
+    one colour.
+    """
+    live = [m[np.isfinite(m) & (m > 0) & ~_passed(t, m)] for t, m in zip(traces, maps, strict=True)]
+    every = np.concatenate([*live, np.zeros(0)])
+    first = np.concatenate([*(v for t, v in zip(traces, live, strict=True) if t.algorithm == "zil"), np.zeros(0)])
+    first = first if first.size else every
+    if not first.size:
+        return 0.1, 1.0, "neither"
+    near = every[(every >= first.min() * 1e-6) & (every <= first.max() * 10)]
+    high = float(near.max())
+    low = max(float(near.min()), high * 1e-10)
+    below, above = bool(every.min() < low), bool(every.max() > high)
+    return min(low, high / 10), high, {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 def _passed(trace: Trace, energy: np.ndarray) -> np.ndarray:

@@ -189,7 +189,8 @@ def selection_of(given: dict[str, Any]) -> dict[str, Any]:
 
 def tracing_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`tracing`; they are taken out of ``given``."""
-    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key != "schedule"}
+    # The schedule is the literal one, which has no straight-through gradients.
+    plain = {key: given.pop(key) for key in ("class_axis", *DYNAMICS) if key not in ("schedule", "straight_through")}
     return {**plain, "loss": list(given.pop("loss")) or "energy"}
 
 

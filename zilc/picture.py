@@ -272,8 +272,17 @@ def _blocks(
     shared = 0
     while named and all(len(n) > shared + 1 and n[: shared + 1] == named[0][: shared + 1] for n in named):
         shared += 1
+    while shared and any(label[shared].isdigit() for label in named):
+        shared -= 1  # "h.0" rather than "0"
     skipped = shared if len(named) > 1 else 0
-    made = [{"low": low, "high": high, "label": ".".join(label[skipped:])} for low, high, label in spans]
+    labels = [".".join(label[skipped:]) for *_, label in spans]
+    # Parts of one module are told apart, from the input on.
+    for label, several in Counter(labels).items():
+        if label and several > 1:
+            parts = [k for k in range(len(spans)) if labels[k] == label][::-1]
+            for part, k in enumerate(parts, start=1):
+                labels[k] = f"{label} ({part}/{several})"
+    made = [{"low": low, "high": high, "label": labels[k]} for k, (low, high, _) in enumerate(spans)]
     return made, block_of
 
 

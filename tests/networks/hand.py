@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -337,7 +338,7 @@ NETWORKS: dict[str, Network] = {
                                                coarse=nn.Conv2d(24, 12, 1)), images()),
     "spatial-transformer": Network(CNN, lambda: Model(_spatial_transformer, locate=nn.Linear(64, 6),
                                                       head=nn.Linear(36, LABELS)), images(1, 8)),
-    **{f"unet-{up}": Network("segmentation", lambda up=up: UNet(up), images())
+    **{f"unet-{up}": Network("segmentation", partial(UNet, up), images())
        for up in ("transposed", "nearest", "bilinear", "bilinear-corners", "bicubic", "shuffle")},
     "gan": sequential(GENERATIVE, lambda: [nn.ConvTranspose2d(4, 8, 4), nn.BatchNorm2d(8), nn.ReLU(),
                                            nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=2), nn.BatchNorm2d(8),

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.networks.common import BATCH, LABELS, WORDS, Network, hugging, pixels, words
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32,
     "patch_size": 8, "num_labels": LABELS,
 }  # fmt: skip
@@ -31,7 +31,7 @@ CLIP_PARTS: dict[str, Any] = {
     "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
                       "image_size": 32, "patch_size": 8},
 }  # fmt: skip
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
 WINDOWS, CONVOLUTIONS, SEGMENTATION = "vision transformer, hierarchical", "convolutional", "segmentation"
 
 NETWORKS: dict[str, Network] = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
 from tests.networks.common import BATCH, LABELS, WORDS, Network, floats, hugging
 
-WAVES = {
+WAVES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
     "conv_dim": (8, 8, 8), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "num_feat_extract_layers": 3,
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "vocab_size": WORDS,

@@ -6,11 +6,11 @@ from typing import Any
 
 from tests.networks.common import LABELS, WORDS, Network, hugging, padded, translated, words
 
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 24, "num_labels": LABELS, "pad_token_id": None,
 }  # fmt: skip
-DECODER = {
+DECODER: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32, "use_cache": False,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": False,
@@ -39,7 +39,7 @@ def _translator(name: str, head: str = "ForConditionalGeneration", **settings: A
     )  # fmt: skip
 
 
-BART = {
+BART: dict[str, Any] = {
     "vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 24,
     "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,

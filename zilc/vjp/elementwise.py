@@ -171,8 +171,11 @@ def _hard_sigmoid(op: Emitter, g: Any, y: Any, x: Any, *, alpha: float, beta: fl
 
 
 def _hard_swish(op: Emitter, g: Any, y: Any, x: Any) -> gs.Tensor:
-    """y = x clip(x/6 + 1/2, 0, 1): slope x/3 + 1/2 on (-3, 3), 0 below and 1 above."""
-    inner = op.Add(op.Mul(x, 1.0 / 3.0), 0.5)
+    """y = x clip(x/6 + 1/2, 0, 1): slope x/3 + 1/2 on (-3, 3), 0 below and 1 above.
+
+    ONNX's 1/6 is an attribute of its function body, so float32 in float64 too: twice that is the slope of what runs.
+    """
+    inner = op.Add(op.Mul(x, 2.0 * float(np.float32(1.0 / 6.0))), 0.5)
     outer = op.Clip(x, 0.0, 1.0)
     return op.Mul(g, op.Where(op.Less(op.Abs(x), 3.0), inner, outer))
 

@@ -7,7 +7,7 @@
   const N = data.nodes, COUNT = N.kind.length, BLOCKS = data.blocks, CHAINS = data.chains;
   const [VERTEX, IDENTITY, PARAMETER, INPUT, OUTPUT] = [0, 1, 2, 3, 4];
   const HEAVY = new Set(["Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum", "Gather", "Attention"]);
-  const COLUMN = 104, ROW = 50, BOX = 172, GAP = 34, WIDE = 84, HIGH = 30;
+  const COLUMN = 112, ROW = 50, BOX = 172, TALL = 132, FOOT = 28, GAP = 34, WIDE = 92, HIGH = 30;
   const $ = id => document.getElementById(id);
   const number = d3.format(",");
   const edges = d3.range(0, data.edges.length, 2).map(k => [data.edges[k], data.edges[k + 1]]);
@@ -90,7 +90,7 @@
     const closed = elements.some(e => e.kind === "block");
     for (const e of elements) {
       const r = row.get(e.lane);
-      e.y = r * ROW + (closed && r ? Math.sign(r) * 26 : 0);
+      e.y = r * ROW + (closed && r ? Math.sign(r) * (TALL / 2 - 18) : 0);
     }
     at = found;
     const seen = new Map();
@@ -105,8 +105,11 @@
       else seen.set(id, { id, from: found.get(ka), to: found.get(kb), green, parameter, pairs: [[a, b]] });
     });
     links = [...seen.values()];
-    const half = e => e.kind === "block" ? 44 : HIGH / 2;
-    extent = { left: -60, right: x - GAP + 30, top: d3.min(elements, e => e.y - half(e)) - 64, bottom: d3.max(elements, e => e.y + half(e)) + 48 };
+    // Of identity vertices in a closed block: is there a vertex in it that waits for them, or do they pass by?
+    for (const { from, to } of links)
+      if (from.kind === "run" && to.kind !== "run" && from.block === to.block) from.waited = true;
+    const half = e => e.kind === "block" ? TALL / 2 : HIGH / 2;
+    extent = { left: -20, right: x - GAP + 20, top: d3.min(elements, e => e.y - half(e)) - 64, bottom: d3.max(elements, e => e.y + half(e)) + 52 };
   }
 
   function path({ from, to }) {
@@ -120,7 +123,7 @@
 
   /** Where a line meets a closed block: nearer to the corner that it comes from or goes to. */
   function end(e, other) {
-    return e.kind === "block" && other.kind !== "block" ? e.y + Math.sign(other.y - e.y) * 28 : e.y;
+    return e.kind === "block" && other.kind !== "block" ? e.y + Math.sign(other.y - e.y) * (TALL / 2 - 16) : e.y;
   }
 
   // ------------------------------------------------------------------ drawing
@@ -135,7 +138,7 @@
   const size = () => svg.node().getBoundingClientRect();
 
   function kindOf(e) {
-    if (e.kind !== "node") return e.kind;
+    if (e.kind !== "node") return e.kind + (e.waited ? " waited" : "");
     const k = N.kind[e.i];
     return data.kinds[k] + (k === PARAMETER && N.t[e.i] === null ? " untrained" : "") + (k === VERTEX && HEAVY.has(N.op[e.i]) ? " heavy" : "");
   }
@@ -147,20 +150,23 @@
 
   function when(ts) {
     const [a, b] = d3.extent(ts);
-    return a === b ? `t = ${a}` : `t = ${a} … ${b}`;
+    return a === b ? `t = ${a}` : `t = ${a}–${b}`;
   }
 
   function fill(g, e) {
     g.selectAll("*").remove();
     const add = (cls, y, text) => g.append("text").attr("class", cls).attr("y", y).text(text);
+    // As large as asked for, or as the room allows: an em of this face is about 0.64 em wide a letter in bold.
+    const fitted = (made, text, room, most) => made.style("--near", `${Math.min(most, room / (.64 * text.length)).toFixed(1)}px`);
+    const middle = (made, text) => made.style("--mid", `${Math.min(15.5, (WIDE - 6) / (.66 * text.length)).toFixed(1)}px`);
     if (e.kind === "block") {
-      const b = inBlock[e.block], { label, low, high } = BLOCKS[e.block];
-      g.append("rect").attr("x", -BOX / 2).attr("y", -44).attr("width", BOX).attr("height", 88);
-      add("", -22, tail(blockName(e.block), 15));
-      add("sub", -3, `${plural(b.vertices, "vertex", "vertices")}${label ? `, levels ${high}–${low}` : ""}`);
-      if (b.parameters.length) add("when", 16, `learn at ${when(b.parameters.map(i => N.t[i]))}`);
-      const hidden = e.nodes.filter(i => N.kind[i] === IDENTITY).length;
-      if (hidden) add("delay", 34, `${plural(hidden, "identity", "identities")} inside`);
+      const b = inBlock[e.block], hidden = e.nodes.filter(i => N.kind[i] === IDENTITY).length;
+      g.append("rect").attr("x", -BOX / 2).attr("y", -TALL / 2).attr("width", BOX).attr("height", TALL);
+      const name = tail(blockName(e.block), 20);
+      const lines = [["", name], ["sub", plural(b.vertices, "vertex", "vertices")]];
+      if (b.parameters.length) lines.push(["when", `${when(b.parameters.map(i => N.t[i]))}`]);
+      if (hidden) lines.push(["delay", plural(hidden, "identity", "identities")]);
+      lines.forEach(([cls, text], k) => fitted(add(cls, (k - (lines.length - 1) / 2) * 29 + 8, text), text, BOX - 14, k ? 20 : 25));
     } else if (e.kind === "run") {
       g.append("rect").attr("x", -22).attr("y", -11).attr("width", 44).attr("height", 22);
       add("", 4, `×${e.nodes.length}`);
@@ -170,15 +176,26 @@
       g.append("rect").attr("x", -WIDE / 2).attr("y", -HIGH / 2).attr("width", WIDE).attr("height", HIGH);
       if (N.kind[e.i] === PARAMETER || N.kind[e.i] === INPUT) {
         const t = N.t[e.i];
-        add("sub", -2, tail(N.name[e.i], 17));
+        fitted(add("sub", -2, tail(N.name[e.i], 17)), tail(N.name[e.i], 17), WIDE - 6, 8.6);
         if (t !== null) {
-          const when = add("when", 9, "");
+          const when = fitted(add("when", 9, ""), `learns at t = ${t}`, WIDE - 8, 9);
           when.append("tspan").attr("class", "long").text("learns at ");
           when.append("tspan").text(`t = ${t}`);
-        } else add("sub", 9, N.kind[e.i] === INPUT ? N.shape[e.i].replace(/^[a-z]+\d*/, "") : "not trained");
+        } else {
+          add("sub", 9, N.kind[e.i] === INPUT ? N.shape[e.i].replace(/^[a-z]+\d*/, "") : "not trained");
+          // What is left of it when zoomed out.
+          const brief = N.kind[e.i] === INPUT ? tail(N.name[e.i], 8) : "fixed";
+          middle(add("brief", 0, brief), brief);
+        }
       } else {
-        add("", -1, N.op[e.i].length > 12 ? N.op[e.i].slice(0, 11) + "…" : N.op[e.i]);
-        add("sub", 10, tail(N.name[e.i], 18));
+        const op = N.op[e.i].length > 12 ? N.op[e.i].slice(0, 11) + "…" : N.op[e.i];
+        if (op.length <= 9) middle(add("", -1, op), op);
+        else {
+          const brief = op.slice(0, 8) + "…";
+          fitted(add("long", -1, op), op, WIDE - 8, 12);
+          middle(add("brief", 0, brief), brief);
+        }
+        fitted(add("sub", 10, tail(N.name[e.i], 18)), tail(N.name[e.i], 18), WIDE - 2, 8.6);
       }
     }
   }
@@ -217,35 +234,36 @@
     }
     layers.ticks.selectAll("text.number").data(ticks, t => t.c).join("text").attr("class", "tick number")
       .attr("x", t => t.x).attr("y", extent.bottom - 12).text(t => t.text);
-    layers.ticks.selectAll("text.name").data(["level = step t"]).join("text").attr("class", "tick name")
-      .attr("x", -6).attr("y", extent.bottom - 12).text(d => d);
+    layers.ticks.selectAll("text.name").data(["level l: its errors arrive at step t = l, and the parameters that it reads learn"]).join("text").attr("class", "tick name")
+      .attr("x", 4).attr("y", extent.bottom + 14).text(d => d);
     showStep();
   }
 
   /** All of it; where that would be too small to see, the end at which the wave begins. */
   function fit(duration = 250) {
-    const { width, height } = size(), w = extent.right - extent.left + 60, h = extent.bottom - extent.top;
-    const k = Math.min(Math.max(width / w, .22), height / h, 1.6);
-    const x = k * w > width + 1 ? extent.right - width / k / 2 : extent.left - 60 + w / 2;
+    const { width, height } = size(), w = extent.right - extent.left, h = extent.bottom + FOOT - extent.top;
+    const closed = elements.some(e => e.kind === "block");
+    const k = Math.min(Math.max(width / w, .36), height / h, closed ? 1 : 1.6);
+    const x = k * w > width + 1 ? extent.right - width / k / 2 : extent.left + w / 2;
     go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-x, -(extent.top + h / 2)), duration);
   }
 
   // ------------------------------------------------------------------ overview: a profile over all levels
-  const overview = d3.select("#overview"), OVER = 46;
+  const overview = d3.select("#overview"), OVER = 60, HEAD = 17;
   let along = null;
   function drawOverview() {
     const width = overview.node().clientWidth, top = data.levels;
     along = d3.scaleLinear([top + .5, -.5], [8, width - 8]);
     const counts = new Array(top + 1).fill(0);
     for (let i = 0; i < COUNT; i++) if (N.kind[i] === IDENTITY) counts[N.column[i]]++;
-    const y = d3.scaleLinear([0, Math.max(d3.max(counts), 1)], [OVER - 14, 14]);
+    const y = d3.scaleLinear([0, Math.max(d3.max(counts), 1)], [OVER - 14, HEAD + 3]);
     overview.selectAll("*").remove();
     overview.append("path").attr("class", "area").attr("d", d3.area().curve(d3.curveStep).x((_, l) => along(l)).y0(OVER - 14).y1(y)(counts));
     overview.selectAll("line.learn").data([...learnsAt.keys()]).join("line").attr("class", "learn")
       .attr("x1", t => along(t)).attr("x2", t => along(t)).attr("y1", OVER - 13).attr("y2", OVER - 4);
-    overview.append("text").attr("x", 10).attr("y", 11).text(`identity vertices on each level (at most ${d3.max(counts)}); below, the steps at which parameters learn`);
-    overview.append("rect").attr("class", "window").attr("y", 1).attr("height", OVER - 2);
-    overview.append("line").attr("class", "step").attr("y1", 1).attr("y2", OVER - 1).attr("visibility", "hidden");
+    overview.append("text").attr("x", 10).attr("y", 11).text(`All levels, ${top} to 0. Green: identity vertices on the level (at most ${d3.max(counts)}). Orange ticks: parameters learn. Frame: what is shown above.`);
+    overview.append("rect").attr("class", "window").attr("y", HEAD).attr("height", OVER - HEAD - 1);
+    overview.append("line").attr("class", "step").attr("y1", HEAD).attr("y2", OVER - 1).attr("visibility", "hidden");
     showWindow(d3.zoomTransform(svg.node()));
   }
   /** The level at a place of the scene, as a fraction. */
@@ -290,6 +308,17 @@
   function pressed(e) {
     if (e.kind !== "node") toggle(e.block);
     else focusOn(e.i);
+  }
+
+  /** A vertex that waits, with the chain that it waits for above it. */
+  function showDelay(i, origin) {
+    focusOn(i);
+    const e = at.get("n" + i), chain = CHAINS.find(c => c.origin === origin && c.waiting.some(([w]) => w === i));
+    const high = chain ? d3.min(chain.identities, j => at.get(key(j)).y) : e.y, low = chain ? d3.max(chain.identities, j => at.get(key(j)).y) : e.y;
+    const top = Math.min(high, e.y) - 50, bottom = Math.max(low, e.y) + 70, { width, height } = size();
+    const k = Math.min(.9, Math.max(.36, height / (bottom - top)));
+    go(d3.zoomIdentity.translate(width / 2, height / 2).scale(k).translate(-e.x, -(top + bottom) / 2), 250);
+    light(e);
   }
 
   function focusOn(i) {
@@ -347,6 +376,7 @@
     } else if (e.kind === "run") {
       line(plural(e.nodes.length, "identity vertex", "identity vertices"), "b");
       line(chainText(N.chain[e.i]));
+      line(e.waited ? "a vertex in this block waits for it" : "passes this block by");
       line(`${N.shape[e.i]}, ${bytes(N.bytes[e.i])} each`);
     } else {
       const i = e.i, kind = N.kind[i];
@@ -459,21 +489,30 @@
 
   for (const [style, cls, text] of [
     ["background:var(--vertex);border-color:var(--vertex-rim)", "", "vertex"],
-    ["background:var(--heavy);border-color:var(--heavy-rim)", "", "vertex that multiplies by weights"],
+    ["background:var(--heavy);border-color:var(--heavy-rim)", "", "Conv, MatMul, Gemm, RNN, …"],
     ["", "dot", "identity vertex: holds a value for one step"], ["", "line", "delayed edge"],
     ["background:var(--parameter);border-color:var(--parameter-rim);border-radius:7px", "", "parameter, below the vertex that reads it"],
+    ["background:var(--surface);border-color:var(--faint);border-style:dashed;border-radius:7px", "", "not trained"],
+    ["background:var(--parameter-on);border-color:var(--parameter-rim);border-radius:7px", "", "learns at the step shown"],
     ["background:var(--input);border-color:var(--input-rim);border-radius:7px", "", "input"],
     ["background:var(--output);border-color:var(--output)", "", "trained output, clamped"],
+    ...BLOCKS.length < 2 ? [] : [
+      ["background:var(--page);border-color:var(--vertex-rim)", "", "block of levels, click to open; t: when its parameters learn"],
+      ["background:var(--identity-soft);border-color:var(--identity)", "", "×n: identity vertices passing a closed block"],
+      ["background:var(--identity-fill);border-color:var(--identity)", "", "the same, and a vertex in it waits for them"],
+    ],
   ]) {
     const item = d3.select("#legend").append("span");
     item.append("i").attr("class", cls).attr("style", style);
     item.append("span").text(text);
   }
 
-  function entry(list, lead, text, act) {
+  const opOf = name => { const i = byName.get(name); return i === undefined ? "" : N.op[i] || data.kinds[N.kind[i]]; };
+  function entry(list, lead, text, act, aside = "") {
     const item = d3.select(list).append("li").attr("tabindex", act ? 0 : null).classed("empty", !act);
     if (lead) item.append("b").text(lead);
     item.append("span").text(text);
+    if (aside) item.append("small").text(aside);
     if (act) item.on("click", act).on("keydown", event => { if (event.key === "Enter") act(); });
   }
   const MANY = 400;
@@ -482,14 +521,13 @@
     entry("#delayed", `${plural(skip.identities, "step")}`, `${skip.from} → ${skip.to}`, () => {
       const i = byName.get(skip.to);
       if (i === undefined) return;
-      focusOn(i);
-      light(at.get("n" + i));
-    });
+      showDelay(i, byName.get(skip.from));
+    }, opOf(skip.to));
   if (!data.skips.length) entry("#delayed", "", "None: every edge spans one level already.", null);
   else if (data.skips.length > MANY) entry("#delayed", "", `and ${number(data.skips.length - MANY)} shorter ones`, null);
   const learning = d3.sort(d3.range(COUNT).filter(i => N.t[i] !== null), i => N.t[i], i => i);
   $("learning-count").textContent = learning.length ? `${plural(learning.length, "leaf", "leaves")}, K = ${data.levels} steps` : "";
-  for (const i of learning) entry("#learning", `t = ${N.t[i]}`, `${N.name[i]}  ${N.shape[i]}`, () => focusOn(i));
+  for (const i of learning) entry("#learning", `t = ${N.t[i]}`, N.name[i], () => focusOn(i), N.shape[i]);
   if (!learning.length) entry("#learning", "", "Nothing is trained.", null);
 
   // ------------------------------------------------------------------ the maps
@@ -507,11 +545,16 @@
     return cells;
   }
 
+  /** Colours span what Z-IL's front has, and of the others what lies near it: inference learning
+      that diverges would leave the front one colour.  Beyond the ends, the ends' colours. */
   function scaleOf(quantity) {
-    const values = [];
-    for (const trace of data.traces) for (const c of cellsOf(trace, quantity)) if (c.v > 0 && !passed(trace, c.t, c.l)) values.push(c.v);
-    const high = d3.max(values) || 1, low = Math.max(d3.min(values) || high / 10, high * 1e-10);
-    return d3.scaleLog().domain([Math.min(low, high / 10), high]).range([0, 1]).clamp(true);
+    const live = trace => cellsOf(trace, quantity).filter(c => c.v > 0 && !passed(trace, c.t, c.l)).map(c => c.v);
+    const first = data.traces.filter(t => t.algorithm === "zil").flatMap(live), all = data.traces.flatMap(live);
+    const top = d3.max(first) || d3.max(all) || 1, base = d3.min(first) || top;
+    const near = all.filter(v => v >= base * 1e-6 && v <= top * 10);
+    const high = d3.max(near) || top, low = Math.max(d3.min(near) || high / 10, high * 1e-10);
+    const made = d3.scaleLog().domain([Math.min(low, high / 10), high]).range([0, 1]).clamp(true);
+    return Object.assign(made, { over: d3.max(all) > high, under: d3.min(all) < low });
   }
 
   function mapsOf(quantity) {
@@ -575,13 +618,14 @@
     const key = d3.select("#scale");
     key.selectAll("*").remove();
     const [low, high] = scale.domain(), e = d3.format(".1~e");
-    key.append("span").text(e(low));
+    key.append("span").text((scale.under ? "≤ " : "") + e(low));
     const bar = key.append("canvas").attr("width", 150).attr("height", 1), ink = bar.node().getContext("2d");
     for (let k = 0; k < 150; k++) { ink.fillStyle = colours(k / 149); ink.fillRect(k, 0, 1, 1); }
-    key.append("span").text(e(high));
+    key.append("span").text((scale.over ? "≥ " : "") + e(high));
     const swatch = (colour, text) => { key.append("i").style("background", colour); key.append("span").text(text); };
     swatch("var(--zero)", "exactly 0");
-    swatch(d3.interpolateRgb(zero, d3.rgb(colours(.6)))(.28), "passed, read by nothing");
+    const faded = v => d3.interpolateRgb(zero, d3.rgb(colours(v)))(.28);
+    swatch(`linear-gradient(90deg, ${[0, .33, .67, 1].map(faded).join(", ")})`, "paler: the wave has passed, nothing reads it");
     if (data.traces.some(t => cellsOf(t, quantity).some(c => c.v === null))) swatch("var(--lost)", "overflowed");
     swatch("var(--parameter-on)", "parameters learn");
     drawHere(+slider.value);
@@ -598,8 +642,8 @@
   draw();
   /** A flat graph takes no more of the window than it fills. */
   function room() {
-    const { width } = size(), w = extent.right - extent.left + 60, h = extent.bottom - extent.top;
-    svg.style("height", `${Math.round(Math.max(360, Math.min(Math.min(width / w, 1.6) * h + 30, innerHeight * .58)))}px`);
+    const { width } = size(), w = extent.right - extent.left, h = extent.bottom + FOOT - extent.top;
+    svg.style("height", `${Math.round(Math.max(360, Math.min(Math.min(width / w, elements.some(e => e.kind === "block") ? 1 : 1.6) * h + 30, innerHeight * .58)))}px`);
   }
   drawOverview();
   room();
