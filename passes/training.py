@@ -338,6 +338,7 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
         MissingRule: all vertices that have none, at once.
     """
     missing = []
+    inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
     for v in sorted(flow.upstream_of(leaves)):
         node, opset = flow.vertices[v], flow.graph.opset
         rule = table.lookup(node, opset)
@@ -345,7 +346,6 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
         if rule is None or (captured and rule.whole is None):
             missing.append(describe_vertex(flow.names[v], _operator(node), opset=opset, level=levels.vertices[v]))
             continue
-        inside = {leaf for leaf in leaves if leaf in flow.tensors} | set(flow.producer)
         for inner in control_flow.without_rule(node, opset, inside) if rule.whole is not None else ():
             where_inside = f"{flow.names[v]}/{inner.name or inner.outputs[0].name}"
             missing.append(describe_vertex(where_inside, inner.op, opset=opset, level=levels.vertices[v]))
