@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam lint bench paper figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper scale figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -14,6 +14,9 @@ test: .venv/test.stamp browser
 exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py
 	.venv/bin/python -m pytest
+
+rivals: .venv/test.stamp .venv-peers/bench.stamp .venv-ort-training/bench.stamp
+	.venv/bin/python tools/rivals.py
 
 lint: .venv-lint/lint.stamp
 	.venv-lint/bin/ruff check .
@@ -26,6 +29,9 @@ bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
 
+scale: .venv/test.stamp
+	.venv/bin/python tools/scale.py --write
+
 figures: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py
 
@@ -36,6 +42,9 @@ browser: | .venv/bin/python
 # The drawing library of pages, from npm at the version that zilc/web/vendor.json pins.
 vendor: | .venv/bin/python
 	.venv/bin/python tools/vendor_web.py
+
+zoo: .venv/test.stamp
+	.venv/bin/python tools/export_zoo.py --write
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -39,7 +39,7 @@ def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:
             elif attribute.type == onnx.AttributeProto.GRAPH:
                 _convert_graph(attribute.g, base_dir)
             elif node.op_type == "Cast" and node.output[0].endswith(".float32"):
-                continue
+                continue  # a scale, of above
             elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _NARROWER:
                 attribute.i = _DOUBLE
         _convert_implicit(node)

@@ -80,6 +80,8 @@ def specialise(term: Term, dynamics: Dynamics) -> Term:
 
 def zero_errors(term: Term, dynamics: Dynamics) -> Term:
     """eps[i,t] is zero before the wave arrives, t < l(i)  (Lemma A.1, mended)."""
+    if isinstance(term, (Pull, Prediction)):
+        return term
     match term:
         case Error(tensor, t) if tensor not in dynamics.clamped and t < dynamics.level(tensor):
             return ZERO
@@ -94,6 +96,8 @@ def zero_errors(term: Term, dynamics: Dynamics) -> Term:
 
 def unchanged_predictions(term: Term, dynamics: Dynamics) -> Term:
     """mu[i,t] is the forward value as long as t <= l(i): no operand has moved before."""
+    if isinstance(term, (Pull, Error)):
+        return term
     match term:
         case Prediction(tensor, t) if t <= dynamics.level(tensor):
             return Prediction(tensor, 0)
@@ -108,6 +112,8 @@ def unchanged_predictions(term: Term, dynamics: Dynamics) -> Term:
 
 def arithmetic(term: Term) -> Term:
     """a - a = 0;  0 + a = a;  a - 0 = a;  1 a = a;  0 - (0 - a) = a.  Each is exact in floating point."""
+    if isinstance(term, (Pull, Error, Prediction)):
+        return term
     match term:
         case Sum(terms):
             kept = tuple(x for x in map(arithmetic, terms) if x != ZERO)

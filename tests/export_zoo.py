@@ -46,6 +46,8 @@ FLOOR = 2 * 2.0**-23
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
+EXPORTERS = ("torchscript", "dynamo", "torchscript-dynamic", "dynamo-dynamic", "dynamo-raw")
+
 
 class ExporterError(Exception):
     """PyTorch's exporter fails by itself."""
@@ -79,6 +81,20 @@ class Row:
     untrained: tuple[str, ...] = ()
     runtime: str = ""
     seconds: float = 0.0
+
+
+def cases() -> list[tuple[str, str]]:
+    """(network, exporter): both exporters for each, one of each family with symbolic sizes and one as traced.
+
+    Families take turns, so that a run that is cut off has seen all of them.
+    """
+    families: dict[str, list[str]] = {}
+    for name, network in NETWORKS.items():
+        families.setdefault(network.kind, []).append(name)
+    turns = [(k, name) for names in families.values() for k, name in enumerate(names)]
+    turns.sort(key=lambda turn: turn[0])
+    made = [(name, exporter) for _, name in turns for exporter in EXPORTERS[:2]]
+    return made + [(names[0], exporter) for names in families.values() for exporter in EXPORTERS[2:]]
 
 
 def make(name: str) -> torch.nn.Module:

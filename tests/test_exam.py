@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from tools import exam
+from tools import exam, rivals
 from zilc.vjp import table
 
 #: One case or two of every kind that the exam treats in its own way.
@@ -126,6 +128,47 @@ def test_cases_are_handed_to_processes(cases: dict[str, Any]) -> None:
     assert count["right"] == count["examined"] == count["node tests"] == 2
     page = exam.markdown(verdicts)
     assert "| Exp | rule | 1 | 1 | 0 | 1 | 0 |  |" in page
+
+
+def test_the_page_has_a_column_for_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: dict[str, Any] = {
+        name: {"operator": op, "some-tool": {"status": status, "reason": reason}}
+        for name, op, status, reason in (
+            ("a", "Exp", "right", ""), ("b", "Exp", "wrong", "x: error 1"), ("c", "Exp", "refused", "no"),
+            ("d", "Log", "right", ""),
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(rivals.Rival, "versions", lambda self: {self.name: "1.0"})
+    monkeypatch.setitem(rivals.RIVALS, "some-tool", (".venv-none", ("some-tool",)))
+    path = tmp_path / "rivals.json"
+    path.write_text(rivals.dumps(rivals.report(cases, ["some-tool"], 4)), "utf-8")
+    assert rivals.load(path) == cases
+    versions, counts = exam.rivals_of(path)
+    assert versions == {"some-tool": "some-tool 1.0"}
+    assert exam._rival_cell(counts["some-tool"], "Exp") == "1 of 3, 1 wrong"
+    assert exam._rival_cell(counts["some-tool"], "Log") == "1 of 1"
+    assert exam._rival_cell(counts["some-tool"], "Abs") == ""
+    assert "| some-tool 1.0 | 2 | 1 | 1 |" in exam._rival_lines(versions, counts)
+
+
+def test_messages_to_other_tools() -> None:
+    """What a tool prints between two answers is not taken for one."""
+    stream = io.BytesIO()
+    arrays = {"g:x/y": np.arange(3.0), "model": np.frombuffer(b"abc", np.uint8)}
+    rivals.send(stream, {"inputs": ["x"]}, arrays)
+    stream.seek(0)
+    facts, got = rivals.receive(stream)
+    assert facts == {"inputs": ["x"]}
+    assert list(got) == list(arrays)
+    np.testing.assert_array_equal(got["g:x/y"], arrays["g:x/y"])
+    with pytest.raises(EOFError):
+        rivals.receive(io.BytesIO(b"warning: a line that its C++ part prints\n" + stream.getvalue()))
+
+
+def test_the_page_is_of_the_tools_that_the_file_holds() -> None:
+    page = (exam.ROOT / "docs" / "OPERATORS.md").read_text("utf-8")
+    for line in exam._rival_lines(*exam.rivals_of()):
+        assert line in page
 
 
 @pytest.mark.long

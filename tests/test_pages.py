@@ -23,7 +23,7 @@ import zilc
 from tests import browser as browsers
 from tests import random_graphs, zoo
 from tests.command import ROOT, SKIP, Command, write
-from zilc import models, page, pipeline
+from zilc import figures, models, page, pipeline
 from zilc.errors import FileError
 
 #: name -> what makes the model; depths from 4 to 668.
@@ -253,6 +253,47 @@ def _contrast(one: str, other: str) -> float:
     return (bright + 0.05) / (dim + 0.05)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_words_stay_in_their_boxes(
+    name: str, levelled: Callable[[str], pipeline.Levelized], chromium: Browser, tmp_path: Path
+) -> None:
+    out = """() => [...document.querySelectorAll("g.node")].flatMap(g => {
+        const box = g.querySelector("rect, circle").getBoundingClientRect();
+        return [...g.querySelectorAll("text")].filter(t => getComputedStyle(t).display !== "none").filter(t => {
+          const b = t.getBoundingClientRect();
+          return b.left < box.left - .5 || b.right > box.right + .5 || b.top < box.top - 2 || b.bottom > box.bottom + 2;
+        }).map(t => t.textContent);
+      })"""
+    with browsers.opened(chromium, put(tmp_path, levelled(name).html())) as seen:
+        seen_at = []
+        assert seen.page.evaluate(out) == []  # closed
+        seen.page.locator("g.node.block").nth(1).click()
+        seen_at.append(seen.page.get_attribute("#picture", "data-zoom"))
+        assert seen.page.evaluate(out) == []
+        seen.page.locator("#learning li").first.click()
+        seen_at.append(seen.page.get_attribute("#picture", "data-zoom"))
+        assert seen.page.evaluate(out) == []
+        assert seen_at[1] == "near"
+
+
+def test_a_closed_block_tells_what_waits_in_it_from_what_passes_by(
+    levelled: Callable[[str], pipeline.Levelized], chromium: Browser, tmp_path: Path
+) -> None:
+    made = levelled("gpt2")
+    block = made.picture["nodes"]["block"]
+    runs, waited = set(), set()
+    for number, chain in enumerate(made.picture["chains"]):
+        home = block[chain["origin"]]
+        if all(block[w] == home for w, _ in chain["waiting"]):
+            continue  # inside one block
+        runs |= {(number, block[i]) for i in chain["identities"]}
+        waited |= {(number, block[w]) for w, n in chain["waiting"] if block[chain["identities"][n - 1]] == block[w]}
+    assert 0 < len(waited) < len(runs)
+    with browsers.opened(chromium, put(tmp_path, made.html())) as seen:
+        assert seen.count("g.node.run") == len(runs)
+        assert seen.count("g.node.run.waited") == len(waited)
+
+
 def test_names_cannot_break_out(chromium: Browser, tmp_path: Path) -> None:
     evil = '</script><script>console.log("out")</script><!--zilc:script-->&"\'\u2028'
     model = onnx.parser.parse_model(SKIP)
@@ -306,6 +347,25 @@ def test_the_map_has_a_cell_for_each_level_and_step(
         assert "learn here: conv4.weight, conv4.bias" in said
         seen.page.select_option("#quantity", "movement")
         assert seen.complaints == []
+
+
+def test_inference_learning_that_diverges_leaves_the_front_its_colours(
+    levelled: Callable[[str], pipeline.Levelized], chromium: Browser, tmp_path: Path
+) -> None:
+    model = NETWORKS["digits"]()
+    traces = [zilc.trace(model), zilc.trace(model, algorithm="il", steps=40, gamma=1.9)]
+    depth, front = traces[0].depth, traces[0].by_level("energy").diagonal()
+    assert traces[1].by_level("energy").max() > 1e6 * front.max()
+    with browsers.opened(chromium, put(tmp_path, levelled("digits").html(traces))) as seen:
+        pixels = np.array(seen.page.eval_on_selector(
+            "[data-algorithm=zil] canvas",
+            "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]",
+        )).reshape(depth, depth, 4)[::-1, :, :3]  # fmt: skip
+        assert len({tuple(p) for p in pixels[range(depth), range(depth)].tolist()}) > depth // 2
+        assert "≥" in seen.page.inner_text("#scale")
+    low, high, extend = figures._span(traces, [t.by_level("energy").T for t in traces])
+    assert low <= front.min() <= front.max() <= high <= 10 * front.max()
+    assert extend in ("max", "both")
 
 
 def test_what_overflows_has_a_colour_of_its_own(chromium: Browser, tmp_path: Path) -> None:

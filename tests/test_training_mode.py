@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.helper
@@ -201,6 +202,39 @@ def test_every_schedule_gives_the_same_update(dtype: str) -> None:
             assert np.array_equal(literal[name], value), name
         else:
             np.testing.assert_allclose(literal[name], value, rtol=tolerance, atol=tolerance * largest, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_trains_in_every_schedule(dtype: str) -> None:
+    """The masks are float32's; updates and running statistics are float32's to the file's own precision.
+
+    The literal schedule runs in the reference evaluator: on its float16 graph onnxruntime 1.31.1 gives one element of
+    w1's gradient another value (1.4 away), at every level of its optimizations; the cause is not known.
+    """
+    half = onnx_io.np_dtype(onnx.TensorProto.DataType.Value(dtype.upper()))
+    proto, wide = both(BOTH.replace("float[", f"{dtype}["), dtype=dtype), both()
+    for tensor, other in zip(proto.graph.initializer, wide.graph.initializer, strict=True):
+        if tensor.name == "ratio":
+            tensor.CopyFrom(other)
+        else:
+            rounded = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            other.CopyFrom(onnx.numpy_helper.from_array(rounded, tensor.name))
+    reference = zilc.emit_training(wide, output="y", mode="train")
+    expected = executor(reference.model)(feeds(reference, dtype="float32"))
+    for how in ({}, {"schedule": "literal"}, {"algorithm": "bp"}):
+        step = zilc.emit_training(proto, output="y", mode="train", **how)
+        onnx.checker.check_model(step.model, full_check=True)
+        kinds = {i.name: onnx_io.np_dtype(i.type.tensor_type.elem_type) for i in step.model.graph.input}
+        given = {name: value.astype(kinds[name]) for name, value in feeds(step, dtype="float32").items()}
+        prefer = "reference" if how.get("schedule") == "literal" else "onnxruntime"
+        found = executor(step.model, prefer=prefer)(given)
+        assert list(found) == list(expected)
+        assert np.array_equal(found["kept"], expected["kept"])
+        bound = 16 * float(ml_dtypes.finfo(half).eps)
+        for entry in (*step.signature["parameters"], *step.signature["carried"]):
+            name = entry["next"]
+            assert found[name].dtype == half, name
+            np.testing.assert_allclose(found[name].astype(np.float32), expected[name], rtol=bound, atol=bound)
 
 
 def test_inference_learning_holds_its_masks_and_statistics() -> None:

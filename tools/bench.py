@@ -181,7 +181,7 @@ def prepare(folder: Path, network: str, options: argparse.Namespace, optimizer: 
     import zilc
     from zilc import models
 
-    batch = BATCH.get(network, 20)
+    batch = options.batch or BATCH.get(network, 20)
     model = models.build(network, batch=batch, dtype=options.precision)
     feeds = models.random_feeds(model, batch, np.random.default_rng(0), loss="cross-entropy")
     names = [entry["name"] for entry in zilc.emit_training(model, loss="cross-entropy").signature["parameters"]]
@@ -412,6 +412,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--peers", type=_names(PEERS), help=f"of {', '.join(PEERS)}; default: all, but zilc-literal on "
         f"{', '.join(LITERAL)} only",
     )  # fmt: skip
+    parser.add_argument("--batch", type=_positive, help="default: 20, with transformers 4")
     parser.add_argument("--rounds", type=_positive, default=9)
     parser.add_argument("--seconds", type=float, default=60.0, help="a peer's rounds on a network, at least 3 rounds")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds without an answer: the peer is ended")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_task import TARGET, Made, Task, count
@@ -23,6 +24,11 @@ def step(task: Task, imported: Callable[[], None]) -> Made:
 
     imported()
     model = onnx.load(str(task.model))
+    for index, node in enumerate(model.graph.node):
+        if node.op_type == "LayerNormalization":
+            # Its gradient reads the mean and the inverse deviation, which ONNX leaves optional.
+            del node.output[1:]
+            node.output.extend([f"norm{index}.mean", f"norm{index}.inverse"])
     output = model.graph.output[0]
     dims = [d.dim_value for d in output.type.tensor_type.shape.dim]
     if len(dims) > 2:
@@ -33,6 +39,7 @@ def step(task: Task, imported: Callable[[], None]) -> Made:
         flat = helper.make_tensor_value_info("flat", output.type.tensor_type.elem_type, dims)
         del model.graph.output[:]
         model.graph.output.append(flat)
+    normalizations = _spell_out_normalizations(model)
     trained = set(task.parameters)
     floating = [t.name for t in model.graph.initializer if t.data_type in (1, 11) and t.dims]
     optimizer = artifacts.OptimType.SGD
@@ -71,4 +78,51 @@ def step(task: Task, imported: Callable[[], None]) -> Made:
         return float(loss)
 
     versions = {"onnxruntime-training": onnxruntime.__version__, "onnx": onnx.__version__}
-    return Made(run, count(task.weights(), task.parameters), versions)
+    facts = {}
+    if normalizations:
+        facts["note"] = "BatchNormalization spelled out as arithmetic, for its own is one of batch statistics"
+    return Made(run, count(task.weights(), task.parameters), versions, facts)
+
+
+def _spell_out_normalizations(model: Any) -> int:
+    """Put arithmetic in the place of BatchNormalization in inference form; returns how many there were.
+
+    onnxruntime-training makes every BatchNormalization one of batch statistics, which is another network:
+    (x - mean) (scale / sqrt(var + epsilon)) + bias is the one that was asked for, over [N, C, ...].
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    ranks = {i.name: len(i.type.tensor_type.shape.dim) for i in graph.value_info}
+    made, nodes = 0, []
+    for node in graph.node:
+        if node.op_type != "BatchNormalization":
+            nodes.append(node)
+            continue
+        x, scale, bias, mean, variance = node.input
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        name, column = f"spelled{made}", (-1, *[1] * (ranks[x] - 2))
+        constants = {
+            "mean": arrays[mean].reshape(column),
+            "inverse": (1 / np.sqrt(arrays[variance] + np.float32(epsilon))).reshape(column),
+            "shape": np.asarray(column, np.int64),
+        }
+        graph.initializer.extend(numpy_helper.from_array(value, f"{name}.{key}") for key, value in constants.items())
+        for operator, inputs, output in (
+            ("Reshape", [scale, f"{name}.shape"], f"{name}.scale"),
+            ("Reshape", [bias, f"{name}.shape"], f"{name}.bias"),
+            ("Mul", [f"{name}.scale", f"{name}.inverse"], f"{name}.factor"),
+            ("Sub", [x, f"{name}.mean"], f"{name}.centred"),
+            ("Mul", [f"{name}.centred", f"{name}.factor"], f"{name}.scaled"),
+            ("Add", [f"{name}.scaled", f"{name}.bias"], node.output[0]),
+        ):
+            nodes.append(helper.make_node(operator, inputs, [output], name=f"{output}.node"))
+        made += 1
+    if made:
+        read = {name for node in nodes for name in node.input}
+        kept = [t for t in graph.initializer if t.name in read]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(kept)
+    return made

@@ -78,6 +78,11 @@ def load(name: str, net: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     if name == "transformer":
         # PyTorch lists both projections before both norms.
         given[5:11] = [given[i] for i in (7, 8, 9, 10, 5, 6)]
+    if name == "decoder":
+        given[:2] = given[1::-1]  # a module's own parameters come before those of its parts
+        for start in range(2, len(given) - 2, 12):  # a block's norms before its projections
+            block = given[start : start + 12]
+            given[start : start + 12] = block[:2] + block[6:8] + block[2:6] + block[8:]
     with torch.no_grad():
         for tensor, array in zip(own, given, strict=True):
             if tensor.shape != array.shape:

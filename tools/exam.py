@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Seconds that one case may take.
 LIMIT = 60.0
+#: The newest opset that onnxruntime-training 1.19.2 takes: tools/rivals.py lowers to it.
+TRAINING_OPSET = 21
 #: Random directions for each input.
 DIRECTIONS = 3
 
@@ -1026,11 +1028,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each case")
     parser.add_argument("--failures", action="store_true", help="list the cases that are not right, one a line")
+    parser.add_argument("--verdicts", type=Path, help="print and write what an exam gave as JSON, without another one")
     parser.add_argument("--write", type=Path, help="where the table goes (docs/OPERATORS.md after a whole exam)")
     args = parser.parse_args(argv)
 
-    operators = operators_of(load_cases())
     wanted = set(args.only)
+    if args.verdicts:
+        verdicts = [Verdict(**v) for v in json.loads(args.verdicts.read_text("utf-8"))["cases"]]
+        return _report(verdicts, args, None if wanted else ROOT / "docs" / "OPERATORS.md")
+    operators = operators_of(load_cases())
     names = [n for n, op in operators.items() if not wanted or op in wanted or n in wanted]
     if not names:
         print(f"no node test of {', '.join(args.only)}", file=sys.stderr)
@@ -1045,7 +1051,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     verdicts = sit(names, operators, processes=args.processes, limit=args.limit, progress=progress)
     print(file=sys.stderr)
-    target = args.write or (None if wanted else ROOT / "docs" / "OPERATORS.md")
+    return _report(verdicts, args, None if wanted else ROOT / "docs" / "OPERATORS.md")
+
+
+def _report(verdicts: Sequence[Verdict], args: argparse.Namespace, page: Path | None) -> int:
+    """The page and what is printed; the exit status."""
+    target = args.write or page
     if target is not None:
         target.parent.mkdir(exist_ok=True)
         target.write_text(markdown(verdicts))
@@ -1060,6 +1071,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_table(verdicts)
     return 0 if all(v.status == "right" or no_path(v) for v in verdicts) else 1
+
+
+def rivals_of(path: Path = ROOT / "docs" / "rivals.json") -> tuple[dict[str, str], dict[str, Counter]]:
+    """Other tools with their versions, and (operator, status) counts of each, as tools/rivals.py left them.
+
+    Both are empty where the file is not there.
+    """
+    if not path.is_file():
+        return {}, {}
+    document = json.loads(path.read_text("utf-8"))
+    versions = {tool: f"{tool} {facts['versions'][tool]}" for tool, facts in document["tools"].items()}
+    counts: dict[str, Counter] = {tool: Counter() for tool in versions}
+    for operator, *answers in document["cases"].values():
+        for tool, k in zip(document["columns"][1:], answers, strict=True):
+            counts[tool][operator, document["answers"][k][0]] += 1
+    return versions, counts
+
+
+def _rival_cell(count: Counter, operator: str) -> str:
+    """Right of all, and how many are wrong: to refuse is no fault."""
+    right, refused, wrong = (count[operator, status] for status in ("right", "refused", "wrong"))
+    if not right + refused + wrong:
+        return ""
+    return f"{right} of {right + refused + wrong}" + (f", {wrong} wrong" if wrong else "")
+
+
+def _rival_lines(versions: Mapping[str, str], counts: Mapping[str, Counter]) -> list[str]:
+    """What the page says of the other tools."""
+    if not versions:
+        return []
+    lines = [
+        "",
+        "**Other tools** (`make rivals`) get the same cases, inputs, directions and tolerances; what computes in",
+        f"float32 is allowed {TOLERANCE['float32']:g}. A column says how many gradients are right, how many wrong;",
+        "the others are refused, by case and with the reason in [rivals.json](rivals.json). They were made for other",
+        "ends: onnx-ad needs axes, indices and sizes as constants, which the node tests give as inputs;",
+        "onnxruntime-training has gradients for the operators that PyTorch's exporter emitted, up to opset "
+        f"{TRAINING_OPSET}.",
+        "",
+        "| tool | right | refused | wrong |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for tool, name in versions.items():
+        total = Counter()
+        for (_, status), n in counts[tool].items():
+            total[status] += n
+        lines.append(f"| {name} | {total['right']} | {total['refused']} | {total['wrong']} |")
+    return lines
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
@@ -1096,9 +1155,14 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
         "- **zero**: right, and the derivative is zero everywhere: zilc says that none flows, the differences agree.",
         "- Expanded function bodies count for their function. Running statistics of BatchNormalization, regions and",
         "  scales of Resize and the limit of Range carry no gradient by convention.",
+    ]
+    versions, counts = rivals_of()
+    lines += _rival_lines(versions, counts)
+    heads = "".join(f" {name} |" for name in versions.values())
+    lines += [
         "",
-        "| operator | in zilc | right | of | zero | in ONNX Runtime | no floating path | why not the rest |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"| operator | in zilc | right | of | zero | in ONNX Runtime | no floating path | why not the rest |{heads}",
+        f"| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |{' --- |' * len(versions)}",
     ]
     runs = Counter(v.operator for v in verdicts if v.runtime == "runs")
     outside = Counter(v.operator for v in verdicts if no_path(v))
@@ -1111,6 +1175,7 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             f"| {row.operator} | {status.get(row.operator, 'other domain')} | {row.right} | {row.examined + missing} "
             f"| {row.zero} | {runs[row.operator]} | {outside[row.operator]} | {why} |"
+            + "".join(f" {_rival_cell(counts[tool], row.operator)} |" for tool in versions)
         )
     reasons = Counter(v.reason for v in verdicts if no_path(v))
     outside_of = ", ".join(f"{r} {n}" for r, n in reasons.most_common())

@@ -4,6 +4,7 @@ Each tool lives in an environment of its own (``make rivals`` builds them) and i
 are judged by tools/exam.py against the same differences at the same points as zilc's.
 
     python tools/rivals.py                       everything; writes docs/rivals.json, which the exam's table reads
+    python tools/rivals.py --rival onnx-ad       one tool anew; what the file says of the other stays
     python tools/rivals.py --only Gemm           cases of some operators, on stdout
 """
 
@@ -13,6 +14,7 @@ import argparse
 import io
 import json
 import multiprocessing
+import os
 import re
 import struct
 import subprocess
@@ -27,18 +29,20 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "rivals.json"
 #: Seconds that a tool may take for one case.
 LIMIT = 30.0
 #: By name: the folder of its environment, and what is installed there.
 RIVALS = {
-    "onnx-ad": (".venv-onnx-ad", ("onnx-ad", "onnx")),
+    "onnx-ad": (".venv-peers", ("onnx-ad", "onnx")),
     "onnxruntime-training": (".venv-ort-training", ("onnxruntime-training", "onnx")),
 }
-#: The newest opset that onnxruntime-training 1.19.2 takes.
-TRAINING_OPSET = 21
 
 
 # --- messages: arrays and JSON, since the environments' versions of numpy cannot read each other's pickles --------
+
+
+MAGIC = b"rivals\n"
 
 
 def send(stream: Any, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -48,7 +52,7 @@ def send(stream: Any, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     np.savez(buffer, **{f"a{k}": np.asarray(arrays[name]) for k, name in enumerate(names)})  # type: ignore[arg-type]
     head = json.dumps({**facts, "names": names}).encode()
     body = buffer.getvalue()
-    stream.write(struct.pack("<QQ", len(head), len(body)) + head + body)
+    stream.write(MAGIC + struct.pack("<QQ", len(head), len(body)) + head + body)
     stream.flush()
 
 
@@ -56,12 +60,12 @@ def receive(stream: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What :func:`send` sent.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the other side is gone, or sends something else.
     """
-    sizes = stream.read(16)
-    if len(sizes) < 16:
+    sizes = stream.read(len(MAGIC) + 16)
+    if len(sizes) < len(MAGIC) + 16 or not sizes.startswith(MAGIC):
         raise EOFError
-    head, body = struct.unpack("<QQ", sizes)
+    head, body = struct.unpack("<QQ", sizes[len(MAGIC) :])
     facts = json.loads(stream.read(head))
     with np.load(io.BytesIO(stream.read(body)), allow_pickle=False) as archive:
         arrays = {name: archive[f"a{k}"] for k, name in enumerate(facts.pop("names"))}
@@ -73,8 +77,8 @@ def receive(stream: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def serve(rival: str) -> None:
     """Answer requests for gradients until the pipe is closed."""
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever the tool prints
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever the tool prints, its C++ parts too, must not get between the answers
     ask = {"onnx-ad": _onnx_ad, "onnxruntime-training": _training}[rival]
     while True:
         try:
@@ -175,6 +179,7 @@ class Rival:
             send(self.process.stdin, facts, arrays)
             return receive(self.process.stdout)
         except (EOFError, OSError):
+            self.process.kill()
             code = self.process.wait()
             late = time.monotonic() - began >= LIMIT
             return {"refused": f"took more than {LIMIT:.0f} s" if late else f"the process died ({code})"}, {}
@@ -227,18 +232,26 @@ def _for_training(model: Any) -> np.ndarray:
     """The model at an opset and an IR version that it reads, where the operators allow that."""
     import onnx
 
+    from tools import exam
     from zilc.passes.prepare import settle_opset
 
     own = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=18)
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    if own > TRAINING_OPSET:
+    if own > exam.TRAINING_OPSET:
         try:
-            made.CopyFrom(settle_opset(model, TRAINING_OPSET, "the model"))
+            made.CopyFrom(settle_opset(model, exam.TRAINING_OPSET, "the model"))
         except Exception:  # then it must refuse what it does not know
             made.CopyFrom(model)
     made.ir_version = min(made.ir_version, 10)
     return np.frombuffer(made.SerializeToString(), np.uint8)
+
+
+def _brief(reason: str) -> str:
+    """A reason without the names of nodes and tensors: the same for many cases."""
+    reason = re.sub(r"\[ONNXRuntimeError\] : \d+ : ", "", reason)
+    reason = re.sub(r"for node[: ]+\S+|\(node '[^']*'\)|[Nn]ode name: \S+|node with name '[^']*'", "", reason)
+    return re.sub(r"\s+", " ", reason)[:160].strip()
 
 
 def put(case: Any, operator: str, base: Any, rivals: list[Rival]) -> dict[str, Any] | None:
@@ -261,7 +274,7 @@ def put(case: Any, operator: str, base: Any, rivals: list[Rival]) -> dict[str, A
             verdict.status, verdict.reason = "refused", str(error)
         except Exception as error:
             verdict.status, verdict.reason = "wrong", f"{type(error).__name__}: {exam._line(error)}"
-        found[rival.name] = {"status": verdict.status, "reason": verdict.reason[:300]}
+        found[rival.name] = {"status": verdict.status, "reason": _brief(verdict.reason)}
     return found
 
 
@@ -290,18 +303,15 @@ def _one(name: str) -> tuple[str, dict[str, Any] | None]:
         return name, None
 
 
-def rows(cases: dict[str, Any], rival: str) -> dict[str, dict[str, int]]:
-    """Right, wrong and refused by operator."""
-    made: dict[str, Counter] = {}
-    for case in cases.values():
-        made.setdefault(case["operator"], Counter())[case[rival]["status"]] += 1
-    return {op: {k: count[k] for k in ("right", "wrong", "refused")} for op, count in sorted(made.items())}
+def report(cases: dict[str, Any], chosen: list[str], whole: int) -> dict[str, Any]:
+    """What docs/rivals.json holds.
 
-
-def report(cases: dict[str, Any], asked: list[str], chosen: list[str], whole: int) -> dict[str, Any]:
-    """What docs/rivals.json holds."""
+    ``cases``: by name the operator, then a number a tool, which says where ``answers`` has its status and reason.
+    """
     from tools import exam
 
+    answers = Counter(tuple(c[name].values()) for c in cases.values() for name in chosen)
+    order = {answer: k for k, (answer, _) in enumerate(answers.most_common())}
     return {
         "environment": exam.environment(),
         "seconds a case": LIMIT,
@@ -310,12 +320,38 @@ def report(cases: dict[str, Any], asked: list[str], chosen: list[str], whole: in
             name: {
                 "versions": Rival(name).versions(),
                 "totals": dict(Counter(c[name]["status"] for c in cases.values())),
-                "operators": rows(cases, name),
             }
             for name in chosen
         },
-        "asked": sorted(asked),
-        "cases": dict(sorted(cases.items())),
+        "columns": ["operator", *chosen],
+        "answers": [list(answer) for answer in order],
+        "cases": {
+            name: [c["operator"], *(order[tuple(c[tool].values())] for tool in chosen)]
+            for name, c in sorted(cases.items())
+        },
+    }
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """One line a case and an answer."""
+
+    def lines(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{\n" + ",\n".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in value.items()) + "\n}"
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+
+    parts = {k: lines(v) if k in ("answers", "cases", "tools") else json.dumps(v) for k, v in document.items()}
+    return "{\n" + ",\n".join(f"{json.dumps(k)}: {v}" for k, v in parts.items()) + "\n}\n"
+
+
+def load(path: Path = TARGET) -> dict[str, Any]:
+    """By case: ``operator``, and by tool ``status`` and ``reason``."""
+    document = json.loads(path.read_text("utf-8"))
+    tools = document["columns"][1:]
+    answers = [dict(zip(("status", "reason"), answer, strict=True)) for answer in document["answers"]]
+    return {
+        name: {"operator": operator, **{tool: answers[k] for tool, k in zip(tools, numbers, strict=True)}}
+        for name, (operator, *numbers) in document["cases"].items()
     }
 
 
@@ -324,7 +360,6 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="OP", help="an operator, or a case")
     parser.add_argument("--rival", action="append", choices=list(RIVALS), help="one tool alone")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="go on where docs/rivals.json ends")
     parser.add_argument("--serve", choices=list(RIVALS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -340,30 +375,23 @@ def main() -> int:
             return 1
     operators = exam.operators_of(exam.load_cases())
     names = [n for n, op in operators.items() if not args.only or op in args.only or n in args.only]
-    target = ROOT / "docs" / "rivals.json"
-    cases: dict[str, Any] = {}
-    asked: list[str] = []
-    if args.resume:
-        before = json.loads(target.read_text())
-        cases, asked = before["cases"], before["asked"]
-    todo = [n for n in names if n not in set(asked)]
+    cases: dict[str, Any] = load() if args.rival and not args.only and TARGET.is_file() else {}
     began = time.monotonic()
-    document: dict[str, Any] = {}
     with multiprocessing.get_context("spawn").Pool(args.processes, _start, (chosen,)) as pool:
-        for k, (name, answer) in enumerate(pool.imap_unordered(_one, todo)):
-            asked.append(name)
+        for k, (name, answer) in enumerate(pool.imap_unordered(_one, names)):
             if answer is not None:
-                cases[name] = answer
-            if k % 50 == 49 or k == len(todo) - 1:
-                print(f"{k + 1}/{len(todo)} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-                document = report(cases, asked, chosen, len(names))
-                if not args.only:
-                    target.write_text(json.dumps(document, indent=1) + "\n")
+                cases[name] = {**cases.get(name, {}), **answer}
+            if k % 50 == 49 or k == len(names) - 1:
+                print(f"{k + 1}/{len(names)} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    tools = [t for t in RIVALS if any(t in c for c in cases.values())]
+    cases = {n: c for n, c in cases.items() if all(t in c for t in tools)}
+    document = report(cases, tools, len(operators))
     if args.only:
-        print(json.dumps(document, indent=1))
-    tools = document["tools"]
-    for name in chosen:
-        print(name, tools[name]["versions"], tools[name]["totals"], file=sys.stderr)
+        print(dumps(document), end="")
+    else:
+        TARGET.write_text(dumps(document), "utf-8")
+    for name in tools:
+        print(name, document["tools"][name]["versions"], document["tools"][name]["totals"], file=sys.stderr)
     return 0
 
 

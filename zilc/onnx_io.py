@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -183,21 +184,20 @@ def set_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.Tensor
     return light, aside
 
 
-def put_back(
-    light: onnx.ModelProto, aside: Sequence[onnx.TensorProto], order: Sequence[str]
-) -> onnx.ModelProto:
-    """Undo :func:`set_aside` (in place): the inputs become initializers again, all of them in ``order``."""
-    if not aside:
-        return light
-    names = {t.name for t in aside}
-    inputs = [i for i in light.graph.input if i.name not in names]
-    held = {t.name: t for t in (*light.graph.initializer, *aside)}
-    tensors = [held[name] for name in order]
-    kept = onnx.GraphProto(initializer=tensors)
-    del light.graph.input[:], light.graph.initializer[:]
-    light.graph.input.extend(inputs)
-    light.graph.initializer.extend(kept.initializer)
-    return light
+def put_back(light: onnx.ModelProto, proto: onnx.ModelProto) -> None:
+    """Undo :func:`set_aside`: ``proto`` takes over what inference found on ``light`` (in place).
+
+    Its initializers stay where they are: copying them would cost more than all else.
+    """
+    held = {t.name for t in proto.graph.initializer}
+    listed = {i.name for i in proto.graph.input}
+    inputs = [i for i in light.graph.input if i.name in listed or i.name not in held]
+    graph = proto.graph
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(light.graph.node)
+    graph.input.extend(inputs)
+    graph.output.extend(light.graph.output)
+    graph.value_info.extend(light.graph.value_info)
 
 
 def _elements(tensor: onnx.TensorProto) -> int:
@@ -253,6 +253,14 @@ def read_tensor(tensor: onnx.TensorProto, base_dir: str = "") -> np.ndarray:
         return np.memmap(path, dtype=dtype, mode="r", offset=info.offset or 0, shape=tuple(tensor.dims))
     except (OSError, ValueError) as error:
         raise FileError(f"external data of tensor '{tensor.name}' cannot be read ({error})", where=str(path)) from error
+
+
+def read_here_and_there(array: np.ndarray) -> np.ndarray:
+    """The same array; of a mapped file, the system reads no more than the pages that are asked for, where it can."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return array
 
 
 # --- protobuf -> IR -------------------------------------------------------------------------------------------
@@ -490,10 +498,11 @@ def to_proto(graph: gs.Graph, *, ir_version: int | None = None, infer: bool = Fa
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     proto.ir_version = ir_version or graph.ir_version or 10
     if infer:
-        order = [t.name for t in proto.graph.initializer]
         light, aside = set_aside(proto)
         light = onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
-        proto = put_back(light, aside, order)
+        if not aside:
+            return light
+        put_back(light, proto)
     return proto
 
 

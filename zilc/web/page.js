@@ -176,7 +176,7 @@
       g.append("rect").attr("x", -WIDE / 2).attr("y", -HIGH / 2).attr("width", WIDE).attr("height", HIGH);
       if (N.kind[e.i] === PARAMETER || N.kind[e.i] === INPUT) {
         const t = N.t[e.i];
-        fitted(add("sub", -2, tail(N.name[e.i], 17)), tail(N.name[e.i], 17), WIDE + 2, 8.6);
+        fitted(add("sub", -2, tail(N.name[e.i], 17)), tail(N.name[e.i], 17), WIDE - 6, 8.6);
         if (t !== null) {
           const when = fitted(add("when", 9, ""), `learns at t = ${t}`, WIDE - 8, 9);
           when.append("tspan").attr("class", "long").text("learns at ");
@@ -195,7 +195,7 @@
           fitted(add("long", -1, op), op, WIDE - 8, 12);
           middle(add("brief", 0, brief), brief);
         }
-        fitted(add("sub", 10, tail(N.name[e.i], 18)), tail(N.name[e.i], 18), WIDE + 6, 8.6);
+        fitted(add("sub", 10, tail(N.name[e.i], 18)), tail(N.name[e.i], 18), WIDE - 2, 8.6);
       }
     }
   }

@@ -1,0 +1,97 @@
+"""Size: graphs deeper than Python's stack, and weights larger than memory, which compiling never reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import zilc
+from tools import scale
+
+ROOT = Path(__file__).parent.parent
+DEPTH = 3000
+
+
+@pytest.fixture(scope="module")
+def chain() -> object:
+    return scale.chain(DEPTH)
+
+
+def test_a_chain_deeper_than_the_stack_is_levelled(chain: object) -> None:
+    assert sys.getrecursionlimit() < DEPTH
+    found = zilc.levelize(chain)
+    assert found.report["levels"] == DEPTH
+    assert max(found.levels.values()) == DEPTH
+    skips = {entry["identities"] for entry in found.report["skips"]}
+    assert skips == {3, 15}
+    inserted = len(found.model.graph.node) - len(chain.graph.node)  # type: ignore[attr-defined]
+    assert inserted == found.report["identities"]["shared"]["vertices"] > 0
+
+
+def test_a_chain_deeper_than_the_stack_takes_one_step_as_reverse_mode_does(chain: object) -> None:
+    """Bit for bit, on gradients that are numbers and mostly not zero."""
+    results = []
+    for algorithm in ("zil", "bp"):
+        step = zilc.emit_training(chain, algorithm=algorithm, outputs="grad")  # type: ignore[arg-type]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(step.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        rng = np.random.default_rng(0)
+        feeds = {name: step.state[name] for name in (p["name"] for p in step.signature["parameters"])}
+        feeds["x"] = np.asarray(rng.uniform(0.5, 1.5, (2, 4)), np.float32)
+        feeds["target"] = rng.standard_normal((2, 4)).astype(np.float32)
+        names = [p["grad"] for p in step.signature["parameters"]]
+        assert len(names) == DEPTH // 40
+        results.append(session.run(names, feeds))
+    for zil, bp in zip(*results, strict=True):
+        assert np.isfinite(zil).all() and np.array_equal(zil, bp)
+    assert sum(g.any() for g in results[0]) > len(results[0]) // 2
+
+
+def test_time_a_vertex_does_not_grow_with_depth() -> None:
+    """Work, counted in calls: a quadratic pass would need four times as many a vertex."""
+    counts = []
+    for vertices in (400, 1600):
+        model, calls = scale.chain(vertices), 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        old = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            zilc.levelize(model)
+        finally:
+            sys.setprofile(old)
+        counts.append(calls / vertices)
+    assert counts[1] < 1.3 * counts[0], counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+def test_billions_of_parameters_are_compiled_without_reading_them(tmp_path: Path) -> None:
+    """The weights are 4 GiB of holes; compiling in a process of its own stays far below, in memory and in bytes read."""
+    path, parameters = scale.sparse_decoder(tmp_path, d_model=4096, layers=5, heads=4, length=64)
+    assert parameters > 1_000_000_000
+    assert (tmp_path / "weights.bin").stat().st_size > 4 * parameters - 1
+    assert (tmp_path / "weights.bin").stat().st_blocks * 512 < 1 << 20, "the file system keeps no holes"
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import zilc; from tools import scale\n"
+        "before, base = scale.bytes_read(), scale.peak_mib()\n"
+        "zilc.levelize(sys.argv[2]); zilc.emit_training(sys.argv[2])\n"
+        "print(json.dumps([scale.bytes_read() - before, scale.peak_mib() - base]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    read, grown = json.loads(done.stdout.splitlines()[-1])
+    assert read < 64 << 20
+    assert grown < 400
