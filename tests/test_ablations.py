@@ -164,6 +164,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "residual": {"inputs": 12, "hidden": 7, "classes": 4},
     "rnn": {"steps": 5, "inputs": 4, "hidden": 6, "outputs": 3},
     "transformer": {"vocabulary": 11, "length": 5, "d_model": 12, "heads": 3, "d_ff": 9},
+    "decoder": {"vocabulary": 11, "length": 5, "d_model": 12, "heads": 3, "layers": 1},
     "alexnet": {"image": 63, "width": 4, "hidden": 16, "classes": 5},
     "resnet18": {"image": 16, "width": 3, "classes": 5, "blocks": (1, 2)},
 }

@@ -125,7 +125,7 @@ def wave_figure() -> plt.Figure:
         axes[0].plot(t, level, "s", mfc="none", mec=RED, ms=7)
     axes[0].set(ylim=(-0.5, zil.depth + 0.5))
     axes[1].set(ylim=(-0.5, zil.depth + 0.5))
-    figure.colorbar(image, ax=axes, label="log₁₀ of the prediction error's norm")
+    figure.colorbar(image, ax=axes, extend="both", label="log₁₀ of the prediction error's norm")
     return figure
 
 

@@ -61,13 +61,17 @@ def _pow_base_constant(op: Emitter, g: Any, y: Any, x: Any, p: float) -> gs.Tens
 
 
 def _pow_exponent(op: Emitter, g: Any, y: Any, x: Any, p: Any) -> gs.Tensor:
-    """d x^p / dp = x^p ln x, and 0 where x = 0 and p >= 0: there y ln x would be 0 times infinity."""
-    flat = op.And(op.Equal(x, 0.0), op.GreaterOrEqual(p, 0.0))
+    """d x^p / dp = x^p ln x, and 0 where x = 0 and p >= 0: there y ln x would be 0 times infinity.
+
+    No real derivative exists where x < 0: 0, as TensorFlow has it.  NaN would not stay where it is: a constant exponent
+    that several levels share is delayed by identity vertices, and their value nodes would move by it.
+    """
+    flat = op.Or(op.Less(x, 0.0), op.And(op.Equal(x, 0.0), op.GreaterOrEqual(p, 0.0)))
     slope = op.Where(flat, 0.0, op.Mul(y, op.Log(x)))
     return op.cast(op.Mul(g, slope), op.dtype(p))
 
 
-broadcasting("Pow", _pow_base, _pow_exponent, note="exponent's cotangent 0 at base 0, exponent >= 0")
+broadcasting("Pow", _pow_base, _pow_exponent, note="exponent's cotangent 0 at base < 0, and at base 0, exponent >= 0")
 
 
 def _mod_divisor(op: Emitter, g: Any, y: Any, a: Any, b: Any, *, fmod: int) -> gs.Tensor:
