@@ -1114,7 +1114,7 @@ def _rival_lines(versions: Mapping[str, str], counts: Mapping[str, Counter]) -> 
         "| --- | ---: | ---: | ---: |",
     ]
     for tool, name in versions.items():
-        total = Counter()
+        total: Counter[str] = Counter()
         for (_, status), n in counts[tool].items():
             total[status] += n
         lines.append(f"| {name} | {total['right']} | {total['refused']} | {total['wrong']} |")
