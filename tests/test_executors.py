@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.helper
 import pytest
+import torch
 
 from zilc import executors
 from zilc.executors import executor
@@ -67,3 +68,22 @@ def test_gather_elements_along_a_long_axis(axis: int) -> None:
     shape[axis] = 100
     index = rng.integers(-100, 100, [2 if k == axis % 3 else n for k, n in enumerate(shape)])
     check("GatherElements", {"x": rng.standard_normal(shape).astype(np.float32), "i": index}, axis=axis)
+
+
+@pytest.mark.parametrize("include", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pad"),
+    [(1, 3, 3, 0), (2, 7, 7, 0), (7, 3, 2, 0), (8, 3, 2, 1), (6, 3, 4, 1), (5, 2, 3, 1), (9, 4, 3, 2)],
+)
+def test_average_pool_counts_nothing_beyond_its_padding(
+    size: int, kernel: int, stride: int, pad: int, include: int
+) -> None:
+    """With ceil_mode, as PyTorch counts."""
+    x = np.random.default_rng(size).standard_normal((2, 3, size, size + 1)).astype(np.float32)
+    made = model(
+        "AveragePool", {"x": x}, 19, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4, ceil_mode=1,
+        count_include_pad=include,
+    )  # fmt: skip
+    expected = torch.nn.functional.avg_pool2d(torch.from_numpy(x), kernel, stride, pad, True, bool(include))
+    got = executor(made, prefer="reference")({"x": x})["y"]
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-6)

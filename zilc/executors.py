@@ -133,8 +133,11 @@ def _explicit(auto_pad: Any, ceil_mode: Any) -> bool:
     return auto_pad in (None, "NOTSET", b"NOTSET") and not ceil_mode
 
 
-def _windows(size: Sequence[int], kernel: Sequence[int], strides: Any, pads: Any, dilations: Any):
-    """Defaults filled in, the output size, and for each kernel tap the slices of the padded input that it reads."""
+def _windows(size: Sequence[int], kernel: Sequence[int], strides: Any, pads: Any, dilations: Any, ceil: bool = False):
+    """Pads by axis, the output size, and for each kernel tap the slices of the padded input that it reads.
+
+    With ``ceil`` a last window may reach beyond the end padding; one that begins there is left out.
+    """
     spatial = len(kernel)
     strides = list(strides or [1] * spatial)
     pads = list(pads or [0] * (2 * spatial))
@@ -143,6 +146,10 @@ def _windows(size: Sequence[int], kernel: Sequence[int], strides: Any, pads: Any
         (size[i] + pads[i] + pads[spatial + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
         for i in range(spatial)
     ]
+    if ceil:
+        rooms = [size[i] + pads[i] + pads[spatial + i] - dilations[i] * (kernel[i] - 1) - 1 for i in range(spatial)]
+        out = [-(-room // s) + 1 for room, s in zip(rooms, strides, strict=True)]
+        out = [n - ((n - 1) * s >= size[i] + pads[i]) for i, (n, s) in enumerate(zip(out, strides, strict=True))]
     taps = [
         tuple(slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in zip(tap, dilations, strides, out, strict=True))
         for tap in np.ndindex(*kernel)
@@ -202,7 +209,10 @@ class Conv(SlowConv):
 
 
 class AveragePool(SlowAveragePool):
-    """AveragePool with explicit padding as a sum of shifted slices."""
+    """AveragePool with explicit padding as a sum of shifted slices.
+
+    With ``ceil_mode`` ONNX's own takes the mean of nothing where the window is larger than the image.
+    """
 
     op_domain = ""
 
@@ -210,14 +220,18 @@ class AveragePool(SlowAveragePool):
         self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, strides=None,
         count_include_pad=None,
     ):  # fmt: skip
-        if not _explicit(auto_pad, ceil_mode):
+        if not _explicit(auto_pad, None):
             return SlowAveragePool._run(
                 self, x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations, kernel_shape=kernel_shape,
                 pads=pads, strides=strides, count_include_pad=count_include_pad,
             )  # fmt: skip
-        widths, out, taps = _windows(x.shape[2:], kernel_shape, strides, pads, dilations)
-        padded = np.pad(x, [(0, 0), (0, 0), *widths])
+        widths, out, taps = _windows(x.shape[2:], kernel_shape, strides, pads, dilations, ceil=bool(ceil_mode))
         inside = np.pad(np.ones(x.shape[2:], x.dtype), widths, constant_values=1.0 if count_include_pad else 0.0)
+        # Windows that ceil_mode lets reach beyond the padding count nothing there.
+        reach = [max(tap[axis].stop for tap in taps) for axis in range(len(out))]
+        beyond = [(0, max(0, end - n)) for end, n in zip(reach, inside.shape, strict=True)]
+        padded = np.pad(np.pad(x, [(0, 0), (0, 0), *widths]), [(0, 0), (0, 0), *beyond])
+        inside = np.pad(inside, beyond)
         total, count = np.zeros((*x.shape[:2], *out), x.dtype), np.zeros(out, x.dtype)
         for tap in taps:
             total += padded[(slice(None), slice(None), *tap)]
