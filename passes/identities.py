@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, copy_tensor, fresh_name
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
 from zilc.vjp.table import differentiable_operands
@@ -42,9 +42,7 @@ def insert_identities(
     return levelled_flow(graph, flow, levels, placement=placement).graph
 
 
-def levelled_flow(
-    graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement: Placement = "shared"
-) -> Dataflow:
+def levelled_flow(graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement: Placement = "shared") -> Dataflow:
     """The active part of :func:`insert_identities`'s graph, which finds it anyway to check what it ensures."""
     contracts.require(contracts.acyclic(graph), "acyclic")
     rebuild = Rebuild(graph)
@@ -58,9 +56,8 @@ def levelled_flow(
         source = rebuild.tensor(tensor)
         for level in range(top - 1, bottom - 1, -1):
             name = fresh_name(f"{tensor.name}.id{level}{label}", names)
-            out = copy_tensor(tensor, name) if onnx_io.is_straight(tensor) else gs.Variable(
-                name, tensor.dtype, tensor.shape
-            )
+            out = gs.Variable(name, tensor.dtype, tensor.shape)
+            onnx_io.carry_straight(tensor, out)
             node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
             node.metadata = {}
             node.doc_string = ""

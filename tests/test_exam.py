@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tools import exam, rivals
+from tools import exam, exam_cases, exam_trial, rivals
 from zilc.vjp import table
 
 #: One case or two of every kind that the exam treats in its own way.
@@ -29,7 +29,7 @@ SAMPLE = [
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Any]:
-    return exam.load_cases()
+    return exam_cases.load_cases()
 
 
 def test_there_are_as_many_as_onnx_says(cases: dict[str, Any]) -> None:
@@ -38,13 +38,13 @@ def test_there_are_as_many_as_onnx_says(cases: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_right(cases: dict[str, Any], name: str) -> None:
-    verdict = exam.examine(cases[name], "")
+    verdict = exam_trial.examine(cases[name], "")
     assert (verdict.status, verdict.reason) == ("right", "")
-    assert verdict.runtime in ("", "runs", exam.NO_KERNEL, exam.OTHERWISE)
+    assert verdict.runtime in ("", "runs", exam_trial.NO_KERNEL, exam_trial.OTHERWISE)
 
 
 def test_the_derivative_of_floor_is_zero(cases: dict[str, Any]) -> None:
-    assert exam.examine(cases["test_floor"], "").zero
+    assert exam_trial.examine(cases["test_floor"], "").zero
 
 
 def _with_rule(monkeypatch: pytest.MonkeyPatch, rule: table.Rule) -> None:
@@ -54,22 +54,22 @@ def _with_rule(monkeypatch: pytest.MonkeyPatch, rule: table.Rule) -> None:
 def test_a_wrong_rule_is_found(cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     slightly = table.Rule("Exp", "", 1, (lambda op, g, y, x: op.Mul(op.Mul(g, y), 1.0 + 1e-4),))
     _with_rule(monkeypatch, slightly)
-    verdict = exam.examine(cases["test_exp"], "Exp")
+    verdict = exam_trial.examine(cases["test_exp"], "Exp")
     assert verdict.status == "wrong"
     assert verdict.error is not None
-    assert exam.TOLERANCE["float64"] < verdict.error < 1.1e-4
+    assert exam_trial.TOLERANCE["float64"] < verdict.error < 1.1e-4
 
 
 def test_a_gradient_that_is_denied_is_found(cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _with_rule(monkeypatch, table.Rule("Exp", "", 1))
-    verdict = exam.examine(cases["test_exp"], "Exp")
+    verdict = exam_trial.examine(cases["test_exp"], "Exp")
     assert verdict.status == "wrong"
     assert "no gradient flows, and the output moves" in verdict.reason
 
 
 def test_a_missing_rule_is_refused(cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(table.TABLE.rules, ("", "Exp"))
-    verdict = exam.examine(cases["test_exp"], "Exp")
+    verdict = exam_trial.examine(cases["test_exp"], "Exp")
     assert verdict.status == "refused"
     assert "no VJP rule" in verdict.reason
 
@@ -83,7 +83,7 @@ def test_a_float32_graph_that_onnxruntime_lacks_is_found(
         return op.Mul(g, y if op.dtype(x) == np.float64 else op.Cast(op.Exp(op.Cast(x, to=16)), to=1))
 
     _with_rule(monkeypatch, table.Rule("Exp", "", 1, (formula,)))
-    verdict = exam.examine(cases["test_exp"], "Exp")
+    verdict = exam_trial.examine(cases["test_exp"], "Exp")
     assert verdict.status == "wrong"
     assert verdict.reason.startswith("in onnxruntime")
 
@@ -106,12 +106,12 @@ def _model(text: str) -> onnx.ModelProto:
     ],
 )
 def test_floating_path(text: str, expected: str) -> None:
-    assert exam.floating_path(_model(text)) == expected
+    assert exam_cases.floating_path(_model(text)) == expected
 
 
 def test_inputs_are_moved_off_ties() -> None:
     x = np.asarray([0.0, 1.0, 1.0, -np.inf, 0.001, 3.0])
-    moved = exam.moved(x, np.random.default_rng(0), 0.02)
+    moved = exam_cases.moved(x, np.random.default_rng(0), 0.02)
     assert len(set(moved)) == len(x)
     assert moved[3] == -np.inf
     assert moved[4] > 0
@@ -120,7 +120,7 @@ def test_inputs_are_moved_off_ties() -> None:
 
 def test_cases_are_handed_to_processes(cases: dict[str, Any]) -> None:
     names = ["test_exp", "test_sigmoid"]
-    verdicts = exam.sit(names, exam.operators_of(cases), processes=1, limit=60.0)
+    verdicts = exam.sit(names, exam_cases.operators_of(cases), processes=1, limit=60.0)
     assert [(v.case, v.operator, v.status) for v in verdicts] == [
         ("test_exp", "Exp", "right"), ("test_sigmoid", "Sigmoid", "right")
     ]  # fmt: skip
@@ -173,7 +173,7 @@ def test_the_page_is_of_the_tools_that_the_file_holds() -> None:
 
 @pytest.mark.long
 def test_the_whole_exam(cases: dict[str, Any]) -> None:
-    verdicts = exam.sit(list(cases), exam.operators_of(cases))
+    verdicts = exam.sit(list(cases), exam_cases.operators_of(cases))
     inside = [v for v in verdicts if not exam.no_path(v)]
     assert {v.case: v.reason for v in inside if v.status in ("wrong", "refused")} == {}
     unexamined = sum(v.status == "unexamined" for v in inside)

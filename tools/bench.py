@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,8 @@ from bench_targets import ALL, judge
 from bench_task import TARGET, Task
 from rich.console import Console
 from rich.table import Table
+
+from zilc.machine import processor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -442,7 +443,7 @@ def main() -> None:
             # For the memory: time needs no figures of its own here.
             results.append(measure(network, pair, min(options.rounds, LEAST_ROUNDS), options, "adam", console))
     facts: dict[str, Any] = {
-        "date": date.today().isoformat(), "machine": f"{_cpu()}, {os.cpu_count()} cores", "device": options.device,
+        "date": date.today().isoformat(), "machine": f"{processor()}, {os.cpu_count()} cores", "device": options.device,
         "threads": options.threads, "rounds": options.rounds, "precision": options.precision,
     }  # fmt: skip
     verdicts = judge(results)
@@ -478,16 +479,6 @@ def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
     for reason in reasons:
         console.print(reason, markup=False)
     console.print()
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from rich.console import Console
 import zilc
 from zilc import models
 from zilc.executors import executor
+from zilc.machine import processor
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -408,7 +409,7 @@ def facts(begun: tuple[float, float, float]) -> dict[str, Any]:
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "load": [begun[0], os.getloadavg()[0]],
-        "machine": f"{_cpu()} ({os.cpu_count()} cores)", "Python": platform.python_version(),
+        "machine": f"{processor()} ({os.cpu_count()} cores)", "Python": platform.python_version(),
         "zilc": version("zilc"), "onnx": version("onnx"), "onnxruntime": onnxruntime.__version__,
         "numpy": version("numpy"),
     }  # fmt: skip
@@ -421,16 +422,6 @@ def fresh(entry: dict[str, Any] | None) -> bool:
     now, then = facts((0.0, 0.0, 0.0)), entry["facts"]
     lasting = all(then.get(k) == v for k, v in now.items() if k not in PASSING)
     return lasting and datetime.now(UTC) - datetime.fromisoformat(then["date"]) < timedelta(days=1)
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 def main() -> None:

@@ -199,7 +199,7 @@ def gradients_of(rival: Rival, trial: Any) -> tuple[dict[str, np.ndarray], float
     Raises:
         ValueError: it refuses.
     """
-    from tools import exam
+    from tools import exam_cases, exam_trial
 
     inputs = list(trial.differences.slopes)
     cotangents = {f"c:{n}": c for n, c in trial.differences.cotangents.items()}
@@ -213,11 +213,12 @@ def gradients_of(rival: Rival, trial: Any) -> tuple[dict[str, np.ndarray], float
                 continue
             import onnx
 
-            adjoint = exam.to_double(onnx.load_from_string(arrays["model"].tobytes()))
+            adjoint = exam_cases.to_double(onnx.load_from_string(arrays["model"].tobytes()))
             names = {i.name for i in adjoint.graph.input}
             feeds = {k: v for k, v in trial.feeds.items() if k in names}
             feeds.update({f"adj_{n[2:]}": c[..., None] for n, c in cotangents.items() if f"adj_{n[2:]}" in names})
-            values = dict(zip([o.name for o in adjoint.graph.output], exam._either(adjoint)(feeds), strict=True))
+            results = exam_trial.either_run(adjoint)(feeds)
+            values = dict(zip([o.name for o in adjoint.graph.output], results, strict=True))
             found = {n: np.asarray(values[f"adj_{n}"], np.float64) for n in inputs if f"adj_{n}" in values}
             return {n: g.reshape(g.shape[:-1]) for n, g in found.items()}, 0.0
         raise ValueError(refusal)
@@ -225,7 +226,7 @@ def gradients_of(rival: Rival, trial: Any) -> tuple[dict[str, np.ndarray], float
     made, arrays = rival.ask(facts, {"model": _for_training(trial.model), **feeds, **cotangents})
     if "refused" in made:
         raise ValueError(made["refused"])
-    return {name[2:]: g for name, g in arrays.items()}, exam.TOLERANCE["float32"]
+    return {name[2:]: g for name, g in arrays.items()}, exam_trial.TOLERANCE["float32"]
 
 
 def _for_training(model: Any) -> np.ndarray:
@@ -256,24 +257,24 @@ def _brief(reason: str) -> str:
 
 def put(case: Any, operator: str, base: Any, rivals: list[Rival]) -> dict[str, Any] | None:
     """What becomes of one case with every tool; None where the exam leaves it out."""
-    from tools import exam
+    from tools import exam_cases, exam_trial
 
     try:
-        if exam.floating_path(case.model):
+        if exam_cases.floating_path(case.model):
             return None
-        trial = exam.trial_of(case, base)
-    except exam.Unexamined:
+        trial = exam_trial.trial_of(case, base)
+    except exam_cases.Unexamined:
         return None
     found: dict[str, Any] = {"operator": operator}
     for rival in rivals:
-        verdict = exam.Verdict(case.name, operator, "right")
+        verdict = exam_trial.Verdict(case.name, operator, "right")
         try:
             gradients, tolerance = gradients_of(rival, trial)
-            exam.judge(trial, gradients, verdict, rival.name, tolerance)
+            exam_trial.judge(trial, gradients, verdict, rival.name, tolerance)
         except ValueError as error:
             verdict.status, verdict.reason = "refused", str(error)
         except Exception as error:
-            verdict.status, verdict.reason = "wrong", f"{type(error).__name__}: {exam._line(error)}"
+            verdict.status, verdict.reason = "wrong", f"{type(error).__name__}: {exam_cases.first_line(error)}"
         found[rival.name] = {"status": verdict.status, "reason": _brief(verdict.reason)}
     return found
 
@@ -283,20 +284,20 @@ _HELD: dict[str, Any] = {}
 
 def _start(wanted: list[str]) -> None:
     """What a process keeps: the cases, and its own instance of each tool."""
-    from tools import exam
+    from tools import exam_cases
 
     warnings.simplefilter("ignore")
-    _HELD["cases"] = exam.load_cases()
-    _HELD["operators"] = exam.operators_of(_HELD["cases"])
+    _HELD["cases"] = exam_cases.load_cases()
+    _HELD["operators"] = exam_cases.operators_of(_HELD["cases"])
     _HELD["rivals"] = [Rival(name) for name in wanted]
 
 
 def _one(name: str) -> tuple[str, dict[str, Any] | None]:
-    from tools import exam
+    from tools import exam_cases
 
     cases = _HELD["cases"]
     try:
-        base = cases[exam._base(name, cases)].model
+        base = cases[exam_cases.base_of(name, cases)].model
         return name, put(cases[name], _HELD["operators"][name], base, _HELD["rivals"])
     except Exception as error:  # of the exam itself, not of a tool
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -366,14 +367,14 @@ def main() -> int:
         serve(args.serve)
         return 0
     sys.path.insert(0, str(ROOT))
-    from tools import exam
+    from tools import exam_cases
 
     chosen = args.rival or list(RIVALS)
     for name in chosen:
         if not Rival(name).python.is_file():
             print(f"{RIVALS[name][0]} is not there: run 'make rivals'", file=sys.stderr)
             return 1
-    operators = exam.operators_of(exam.load_cases())
+    operators = exam_cases.operators_of(exam_cases.load_cases())
     names = [n for n, op in operators.items() if not args.only or op in args.only or n in args.only]
     cases: dict[str, Any] = load() if args.rival and not args.only and TARGET.is_file() else {}
     began = time.monotonic()

@@ -31,6 +31,7 @@ import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
+from zilc.machine import processor
 from zilc.models import decoder, resnet18
 from zilc.models.network import Network, window
 
@@ -385,8 +386,8 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 LIMITS = """\
 Passes are linear in vertices, edges and identity vertices, and none of them recurses over the graph. The time is that
-of making Python objects: a GraphSurgeon node with its tensors costs 10 to 20 µs each time a graph is rebuilt, and a
-compilation rebuilds it a few times; the levelled graph holds the identity vertices besides. GraphSurgeon's own way
+of making Python objects: a compilation rebuilds the graph, node by node, a few times, and the levelled graph holds the
+identity vertices besides. GraphSurgeon's own way
 from protobuf and back, without any of zilc's work, is already above five times protobuf's load and save, which runs
 in C. Large initializers are set aside while onnx checks and infers, and are copied only into a levelled model that
 embeds them; a model in one file is read whole, so reading it is part of the time of ResNet-152 and GPT-2.
@@ -404,7 +405,7 @@ def main() -> None:
         print(json.dumps(measure(options.folder / options.worker)))
         return
     facts = {
-        "date": date.today().isoformat(), "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "date": date.today().isoformat(), "machine": f"{processor()}, {os.cpu_count()} cores",
         "load before": f"{os.getloadavg()[0]:.1f}", "Python": platform.python_version(),
         **{name: version(name) for name in ("zilc", "onnx", "onnx-graphsurgeon", "protobuf", "numpy")},
     }  # fmt: skip
@@ -420,16 +421,6 @@ def main() -> None:
             (docs / "scale.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
     for line in verdicts(results):
         print(line)
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 if __name__ == "__main__":

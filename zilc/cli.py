@@ -291,13 +291,12 @@ def _certificate(
     selection: dict[str, Any], training: dict[str, Any],
 ) -> None:  # fmt: skip
     """``zilc verify --certificate``: every variant and both precisions are measured, so none can be chosen."""
+    if training["mode"] != "eval":
+        raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
     for name in ("precision", *shared.DYNAMICS):
-        if name == "identities" or ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-            continue
-        if name != "mode":
+        given = ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        if given and name not in ("identities", "mode"):
             raise click.UsageError(f"--certificate measures every variant; leave out --{name.replace('_', '-')}.")
-        if training["mode"] != "eval":
-            raise click.UsageError("--certificate measures the model as the file has it; leave out --mode train.")
     placement = training["identities"] or "shared"
     if placement == "none":
         raise click.UsageError("--certificate measures Z-IL on a levelled graph; leave out --identities none.")

@@ -273,8 +273,7 @@ def copy_tensor(tensor: gs.Tensor, name: str | None = None) -> gs.Tensor:
     if isinstance(tensor, gs.Constant):
         return gs.Constant(name or tensor.name, tensor._values, data_location=tensor.data_location)
     made = gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
-    if onnx_io.is_straight(tensor):
-        setattr(made, onnx_io.STRAIGHT, True)
+    onnx_io.carry_straight(tensor, made)
     return made
 
 

@@ -324,6 +324,12 @@ def is_straight(tensor: gs.Tensor) -> bool:
     return bool(getattr(tensor, STRAIGHT, False))
 
 
+def carry_straight(tensor: gs.Tensor, made: gs.Tensor) -> None:
+    """Make ``made`` carry the gradient if ``tensor``, which it stands for, does."""
+    if is_straight(tensor):
+        setattr(made, STRAIGHT, True)
+
+
 def may_hold_floats(tensor: gs.Tensor) -> bool:
     """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
 
