@@ -1,7 +1,8 @@
 """Runs a training graph in onnxruntime; its state stays on the device.
 
-Parameters, slots and step live in two sets of buffers.  A step reads one set and writes the other, then they change
-places: nothing is copied, and no weight crosses to the host unless asked for.
+On the CPU a step writes parameters, slots and step over themselves (:mod:`zilc.in_place`).  What cannot be written
+over, and all state elsewhere, lives in two sets of buffers: a step reads one set and writes the other, then they change
+places.  Nothing is copied, and no weight crosses to the host unless asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource
 from zilc.pipeline import TrainingStep
 from zilc.providers import CUDA, Providers, choose_providers
-from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, run_error
+from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, make_training_session, run_error
 from zilc.trained import Ties, export_trained
 
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
@@ -95,7 +96,9 @@ class Trainer:
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
-        self._session = self._open_session(self._model)
+        self._opened = make_training_session(self._model, self._requested, self._pairs, folder=self._folder, where=self._name)
+        self._session = self._opened.session
+        self._torn = ""
         self.providers: list[str] = self._session.get_providers()
         self._device = ("cpu", 0)
         if CUDA in self.providers:
@@ -137,15 +140,21 @@ class Trainer:
     def _specs(self, names: Sequence[str]) -> dict[str, Spec]:
         return specs(self._model.graph, names)
 
+    @property
+    def _name(self) -> str | None:
+        return str(self._path) if self._path else self._step.source.name if self._step else None
+
     def _open_session(self, model: onnx.ModelProto) -> Any:
-        where = str(self._path) if self._path else self._step.source.name if self._step else None
-        return make_session(model, self._requested, folder=self._folder, where=where)
+        return make_session(model, self._requested, folder=self._folder, where=self._name)
 
     def _make_buffers(self) -> None:
         fixed = {n: ([d for d in s.dims or () if isinstance(d, int)], s.dtype) for n, s in self._carried.items()}
-        self._sides: list[dict[str, Buffer]] = [
-            {name: Buffer(shape, dtype, self._device) for name, (shape, dtype) in fixed.items()} for _ in range(2)
-        ]
+        first = {name: Buffer(shape, dtype, self._device) for name, (shape, dtype) in fixed.items()}
+        second = {
+            name: first[name] if name in self._opened.over else Buffer(shape, dtype, self._device)
+            for name, (shape, dtype) in fixed.items()
+        }
+        self._sides: list[dict[str, Buffer]] = [first, second]
         self._side = 0
         made = {t.name: t for t in self._model.graph.output}
         loss = onnx_io.np_dtype(made[self.signature["loss"]].type.tensor_type.elem_type)
@@ -163,7 +172,10 @@ class Trainer:
         self.last = Outputs(self._others)
 
     def _make_bindings(self) -> None:
-        """One binding reads set 0 and writes set 1, the other the reverse; both stay as they are."""
+        """One binding reads set 0 and writes set 1, the other the reverse; both stay as they are.
+
+        What is written over itself is the same buffer in both sets.
+        """
         self._bindings = []
         for side in (0, 1):
             binding = self._session.io_binding()
@@ -199,7 +211,12 @@ class Trainer:
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of parameters, slots, step and the rest that is fed back, by name."""
+        """Copies of parameters, slots, step and the rest that is fed back, by name.
+
+        Raises:
+            DataError: an update failed while it was written.
+        """
+        self._ensure_whole()
         return {name: buffer.read() for name, buffer in self._sides[self._side].items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -222,6 +239,7 @@ class Trainer:
             loaded[name] = array
         for name, array in loaded.items():
             self._sides[self._side][name].write(array)
+        self._torn = ""
         step = self.signature["step"]
         self.updates = int(loaded[step["name"]]) if step else 0
 
@@ -234,22 +252,45 @@ class Trainer:
             feeds: arrays for the model's inputs and the targets, by name; dtypes are converted where nothing is lost.
 
         Raises:
-            DataError: names, dtypes or shapes do not fit, or the graph cannot compute with the values.
+            DataError: names, dtypes or shapes do not fit, or the graph cannot compute with the values.  The state is
+                then that of before; only if onnxruntime fails in the middle of the update itself (out of memory) is
+                it lost, and every call says so until :meth:`load_state`.
         """
+        self._ensure_whole()
         self._feed(feeds)
         if self.signature["seed"]:
             seed = self.signature["seed"]
             value = self._seed if self.signature["step"] else self._seed + self.updates
             self._scalars[seed].write(np.asarray(value, self._specs([seed])[seed].dtype))
         binding = self._bindings[self._side]
+        self._loss.array[...] = math.nan  # type: ignore[index]
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise run_error(error) from error
+            failure = run_error(error)
+            if not self._opened.unharmed(error):
+                self._torn = str(failure)
+            raise failure from error
+        except BaseException:  # Ctrl-C is noticed before the run or after it, never within
+            if not np.isnan(self._loss.array):  # type: ignore[arg-type]
+                self._count(binding)
+            raise
+        self._count(binding)
+        return float(self._loss.array)  # type: ignore[arg-type]
+
+    def _count(self, binding: Any) -> None:
+        """An update was made."""
         self._side = 1 - self._side
         self.updates += 1
         self.last.binding = binding
-        return float(self._loss.array)  # type: ignore[arg-type]
+
+    def _ensure_whole(self) -> None:
+        if self._torn:
+            raise DataError(
+                f"an update failed while it was being written, and the state with it: {self._torn}",
+                where="state",
+                hint="Load a state, or make the trainer anew.",
+            )
 
     def _feed(self, feeds: Mapping[str, Any]) -> None:
         """Arrays into the bound buffers; new buffers where a shape is not that of the step before."""
@@ -305,6 +346,7 @@ class Trainer:
         Raises:
             DataError: as :meth:`step`.
         """
+        self._ensure_whole()
         arrays = self._checked(feeds)
         if self._evaluator is None:
             self._evaluator = _Evaluator(self)
@@ -401,6 +443,7 @@ class Trainer:
             OptionError: the original is not known.
             ZilcError: see :func:`zilc.trained.export_trained`.
         """
+        self._ensure_whole()
         if model is not None:
             source, tied = onnx_io.load(model), dict(ties or {})
         elif self._step is not None:

@@ -1,0 +1,188 @@
+"""State that is written over itself: bits, order, and what is left after a failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import zilc
+from zilc import models, runtime
+from zilc import signature as signatures
+from zilc.errors import DataError
+from zilc.in_place import in_place, operands
+from zilc.session import TrainingSession, make_session, make_training_session
+
+CPU = ["CPUExecutionProvider"]
+OPTIMIZERS = {
+    "sgd": {},
+    "momentum": {"options": {"nesterov": True, "weight_decay": 0.01}},
+    "adam": {"options": {"amsgrad": True}},
+    "adamw": {},
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "mlp3": {},
+    "residual": {},
+    "rnn": {},
+    "resnet18": {"image": 33, "width": 8, "classes": 10},
+    "transformer": {"vocabulary": 50, "length": 6, "d_model": 16, "heads": 2, "d_ff": 32},
+}
+
+
+def _emitted(name: str, dtype: str = "float32", **options: Any) -> tuple[zilc.TrainingStep, dict[str, np.ndarray]]:
+    model = models.build(name, dtype=dtype, **NETWORKS[name])
+    feeds = models.random_feeds(model, 4, np.random.default_rng(0), loss="cross-entropy")
+    return zilc.emit_training(model, loss="cross-entropy", **options), feeds
+
+
+def _plain(model: onnx.ModelProto, providers: Any, pairs: Any, **rest: Any) -> TrainingSession:
+    return TrainingSession(make_session(model, providers, **rest))
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "options"),
+    [
+        *((name, "float32", {"optimizer": "adam"}) for name in NETWORKS),
+        *(("mlp3", dtype, {"optimizer": k, **v}) for k, v in OPTIMIZERS.items() for dtype in ("float32", "float64")),
+        ("resnet18", "float32", {"mode": "train", "optimizer": "momentum"}),
+        ("mlp3", "float32", {"outputs": "both"}),
+        ("residual", "float32", {"schedule": "literal"}),
+    ],
+)
+def test_the_bits_are_those_of_two_sets(
+    monkeypatch: pytest.MonkeyPatch, network: str, dtype: str, options: dict[str, Any]
+) -> None:
+    step, feeds = _emitted(network, dtype, **options)
+    own = zilc.Trainer(step, lr=0.01, providers=CPU)
+    # onnxruntime does not say of Max that it may write over an operand.
+    names = {name for name, _ in signatures.carried_pairs(step.signature)}
+    assert own._opened.over == {name for name in names if not name.endswith("max_exp_avg_sq")}
+    monkeypatch.setattr(runtime, "make_training_session", _plain)
+    other = zilc.Trainer(step, lr=0.01, providers=CPU)
+    assert not other._opened.over
+    for _ in range(4):
+        assert own.step(feeds) == other.step(feeds)
+    before, after = other.state, own.state
+    for name, array in before.items():
+        assert array.tobytes() == after[name].tobytes(), name
+
+
+def test_all_readers_run_before_the_writer() -> None:
+    step, _ = _emitted("transformer", optimizer="adam")
+    pairs = signatures.carried_pairs(step.signature)
+    model = onnx.ModelProto()
+    model.CopyFrom(step.model)
+    # The worst order that is still one: updates as early as they can be.
+    ordered = in_place(model, step.model, pairs)
+    assert ordered.over == {name for name, _ in pairs}
+    onnx.checker.check_model(ordered.model, full_check=True)
+    place = {name: i for i, node in enumerate(ordered.model.graph.node) for name in node.output}
+    for name, following in pairs:
+        readers = [i for i, node in enumerate(ordered.model.graph.node) if name in set(operands(node))]
+        assert readers, name
+        assert max(readers) <= place[following], name
+
+
+def test_updates_that_read_each_other_keep_two_buffers() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]> swap (float[3] a, float[3] b, float[3] c)
+        => (float[3] a2, float[3] b2, float[3] c2) {
+            a2 = Sub(a, b)
+            b2 = Add(b, a)
+            c2 = Mul(c, c)
+        }"""
+    )
+    pairs = [("a", "a2"), ("b", "b2"), ("c", "c2")]
+    opened = make_training_session(model, CPU, pairs)
+    assert opened.over == {"c"}
+
+
+def test_a_writer_that_reads_its_value_again_and_again_keeps_two_buffers() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]> product (float[3, 3] a, float[3, 3] b)
+        => (float[3, 3] a2, float[3, 3] b2) {
+            a2 = MatMul(a, a)
+            t = Transpose(b)
+            b2 = Neg(t)
+        }"""
+    )
+    opened = make_training_session(model, CPU, [("a", "a2"), ("b", "b2")])
+    # MatMul reads a while it writes; what Neg reads is not b any more.
+    assert opened.over == {"b"}
+
+
+def test_one_buffer_serves_both_sets() -> None:
+    step, feeds = _emitted("mlp3", optimizer="adam")
+    trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
+    pointers = [{n: b.value.data_ptr() for n, b in side.items()} for side in trainer._sides]
+    assert pointers[0] == pointers[1]
+    before = trainer.state
+    trainer.step(feeds)
+    assert {n: b.value.data_ptr() for n, b in trainer._sides[trainer._side].items()} == pointers[0]
+    assert all(not np.array_equal(before[n], a) for n, a in trainer.state.items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_label_out_of_range_changes_nothing(optimizer: str) -> None:
+    step, feeds = _emitted("mlp3", optimizer=optimizer)
+    trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
+    trainer.step(feeds)
+    before = trainer.state
+    wrong = {**feeds, "target": np.full_like(feeds["target"], 10**6)}
+    with pytest.raises(DataError, match="out of range"):
+        trainer.step(wrong)
+    for name, array in trainer.state.items():
+        assert array.tobytes() == before[name].tobytes(), name
+    assert trainer.updates == 1
+    trainer.step(feeds)
+    assert trainer.updates == 2
+
+
+class _Session:
+    """A session that runs and then raises."""
+
+    def __init__(self, session: Any, error: BaseException) -> None:
+        self._session, self._error = session, error
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self._session.run_with_iobinding(binding)
+        raise self._error
+
+
+def test_a_failure_within_the_update_is_told_until_a_state_is_loaded(tmp_path: Any) -> None:
+    step, feeds = _emitted("mlp3")
+    trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
+    before, session = trainer.state, trainer._session
+    trainer._session = _Session(session, RuntimeError("no memory"))
+    with pytest.raises(DataError, match="no memory"):
+        trainer.step(feeds)
+    trainer._session = session
+    for call in (
+        lambda: trainer.step(feeds),
+        lambda: trainer.evaluate(feeds),
+        lambda: trainer.state,
+        lambda: trainer.export(tmp_path / "never.onnx"),
+    ):
+        with pytest.raises(DataError, match="Load a state"):
+            call()
+    assert not list(tmp_path.iterdir())
+    trainer.load_state(before)
+    fresh = zilc.Trainer(step, lr=0.01, providers=CPU)
+    assert trainer.step(feeds) == fresh.step(feeds)
+
+
+def test_an_interrupt_leaves_a_whole_state() -> None:
+    step, feeds = _emitted("mlp3", optimizer="adam")
+    trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
+    session = trainer._session
+    trainer._session = _Session(session, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(feeds)
+    assert trainer.updates == int(trainer.state["step"]) == 1
+    trainer._session = session
+    fresh = zilc.Trainer(step, lr=0.01, providers=CPU)
+    fresh.step(feeds)
+    assert trainer.step(feeds) == fresh.step(feeds)

@@ -1,0 +1,146 @@
+"""State written over itself: an order of a graph's nodes in which that is safe.
+
+An update reads a parameter and makes its next value.  If the next value may be written where the parameter lies, a
+training step needs one buffer for each instead of two; with Adam that is half of all state.  onnxruntime does not
+forbid to bind one buffer to an input and to an output, but neither does it look after it: nobody may read the old value
+once the new one is written.  So the graph that is left after onnxruntime's own optimisation is put into an order in
+which all readers of a value come before the node that replaces it, and is run in that order.
+
+onnxruntime's PRIORITY_BASED order takes, of the nodes whose operands are there, the one that the file names first: a
+file in a topological order is run in the file's order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+#: Operators whose kernel may write over an operand of the result's shape, and which operand: those for which
+#: onnxruntime's CPU provider itself declares it (``MayInplace`` in its kernel definitions).
+_OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,)}
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A graph in an order that allows to write over state.
+
+    Attributes:
+        model: the nodes in the order in which they run.
+        over: inputs that their ``next`` may be written over.
+        harmless: names of nodes that run before anything is written over; a run that fails in one of them has changed
+            no state.
+    """
+
+    model: onnx.ModelProto
+    over: frozenset[str]
+    harmless: frozenset[str]
+
+
+def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Sequence[tuple[str, str]]) -> Ordered:
+    """Order an optimised graph so that as much of the state as possible can be written over itself.
+
+    Args:
+        optimised: what onnxruntime made of ``original``; its nodes are put in order (in place).
+        original: the training graph, whose order of nodes is kept where nothing speaks against it: an update follows
+            its gradient, so that the gradient's memory is free at once.
+        pairs: (input, output) that is fed back to it.
+    """
+    graph = optimised.graph
+    nodes = list(graph.node)
+    producer = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    readers: dict[str, set[int]] = {}
+    before: list[set[int]] = [set() for _ in nodes]
+    for i, node in enumerate(nodes):
+        for name in operands(node):
+            readers.setdefault(name, set()).add(i)
+            if name in producer:
+                before[i].add(producer[name])
+    rank = _ranks(nodes, before, original)
+    writers = {name: producer[made] for name, made in pairs if made in producer}
+    over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, writers)}
+    # What the loss and the predictions need comes first: there, and only there, data can be at fault (an index out of
+    # range), and then nothing has been written over yet.
+    fed_back = {made for _, made in pairs}
+    forward = _ancestors((producer[o.name] for o in graph.output if o.name in producer and o.name not in fed_back), before)
+    while True:
+        waits = [set(them) for them in before]
+        for name in over:
+            waits[writers[name]] |= (readers.get(name, set()) | forward) - {writers[name]}
+        order = _topological(waits, rank)
+        if len(order) == len(nodes):
+            break
+        # Two updates that read each other's parameter: whatever is left could not be ordered.
+        left = set(range(len(nodes))) - set(order)
+        over -= {name for name in over if writers[name] in left}
+    first = min((position for position, i in enumerate(order) if i in {writers[n] for n in over}), default=len(order))
+    names = [nodes[i].name for i in order]
+    harmless = set(names[:first]) - set(names[first:]) - {""}
+    del graph.node[:]
+    graph.node.extend(nodes[i] for i in order)
+    return Ordered(optimised, frozenset(over), frozenset(harmless))
+
+
+def _may_write_over(node: onnx.NodeProto, name: str, writers: dict[str, int]) -> bool:
+    """Whether the node that makes a value's successor can do so in the value's own memory."""
+    mine = [k for k, operand in enumerate(node.input) if operand == name]
+    if not mine:
+        # Then it must not read inside a subgraph either; what it does read is there and stays.
+        return name not in set(operands(node))
+    return node.domain in ("", "ai.onnx") and set(mine) <= set(_OVER.get(node.op_type, ()))
+
+
+def _ranks(nodes: list[onnx.NodeProto], before: list[set[int]], original: onnx.ModelProto) -> list[int]:
+    """Where each node stood in the original; a node that is new there stands just before the first that needs it."""
+    stood = {name: i for i, node in enumerate(original.graph.node) for name in node.output if name}
+    last = len(stood)
+    rank = [min((stood[name] for name in node.output if name in stood), default=last) for node in nodes]
+    for i in reversed(_topological(before, rank)):
+        for j in before[i]:
+            if not any(name in stood for name in nodes[j].output):
+                rank[j] = min(rank[j], rank[i])
+    return rank
+
+
+def _topological(before: list[set[int]], rank: list[int]) -> list[int]:
+    """Kahn's algorithm, the lowest rank first; short of nodes where there is a cycle."""
+    after: list[list[int]] = [[] for _ in before]
+    waiting = [len(them) for them in before]
+    for i, them in enumerate(before):
+        for j in them:
+            after[j].append(i)
+    ready = [(rank[i], i) for i, n in enumerate(waiting) if n == 0]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, i = heapq.heappop(ready)
+        order.append(i)
+        for j in after[i]:
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                heapq.heappush(ready, (rank[j], j))
+    return order
+
+
+def _ancestors(ends: Iterable[int], before: list[set[int]]) -> set[int]:
+    """Nodes that ``ends`` need, themselves among them."""
+    found: set[int] = set()
+    stack = list(ends)
+    while stack:
+        i = stack.pop()
+        if i not in found:
+            found.add(i)
+            stack.extend(before[i])
+    return found
+
+
+def operands(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, in its subgraphs too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            for nested in inner.node:
+                yield from operands(nested)
+            yield from (o.name for o in inner.output)
