@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.graph import fresh_name
+from zilc.lowerings import Lowerings
 
 Operand: TypeAlias = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
 Dim = int | str | None
@@ -38,15 +39,20 @@ class Emitter:
     Args:
         graph: receives the nodes; its opset decides nothing here, emitted operators take the form of opset 18.
         names: tensor and node names already in use.
+        lowerings: chooses where a rule has several; by default the one of the least fitted cost.
     """
 
-    def __init__(self, graph: gs.Graph, names: set[str] | None = None) -> None:
+    def __init__(
+        self, graph: gs.Graph, names: set[str] | None = None, lowerings: Lowerings | None = None
+    ) -> None:
         self.graph = graph
         self.names = set(names) if names is not None else names_of(graph)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
         self.shared: dict[tuple, Any] = {}
+        #: Chooses where a rule has several lowerings.
+        self.lowerings = lowerings or Lowerings()
         self._prefix = "zilc"
         self._metadata: dict[str, str] = {}
 
@@ -66,6 +72,16 @@ class Emitter:
             yield
         finally:
             self._prefix, self._metadata = old
+
+    @contextlib.contextmanager
+    def noting(self, **metadata: str) -> Iterator[None]:
+        """Nodes emitted inside carry ``metadata`` as ``zilc.KEY`` besides what they carry here."""
+        old = self._metadata
+        self._metadata = {**old, **{f"zilc.{key}": value for key, value in metadata.items()}}
+        try:
+            yield
+        finally:
+            self._metadata = old
 
     @property
     def prefix(self) -> str:
@@ -143,7 +159,7 @@ class Emitter:
 
     def inside(self) -> Emitter:
         """An emitter for a subgraph of one of this graph's nodes: the two share their names."""
-        made = Emitter(gs.Graph(opset=self.graph.opset), set())
+        made = Emitter(gs.Graph(opset=self.graph.opset), set(), self.lowerings)
         made.names, made._prefix = self.names, self._prefix
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -184,6 +185,7 @@ WEIGHT = {
     "swapped": conv.weight_by_swapped_conv,
     "volume": conv.weight_by_volume_conv,
     "columns": conv.weight_by_columns,
+    "columns by example": functools.partial(conv.weight_by_columns, batched=True),
 }
 IMAGE = {"transpose": conv.image_by_transpose, "conv": conv.image_by_conv}
 SYMBOLIC = ["static", "batch", "sizes", "all"]
@@ -197,17 +199,18 @@ def test_every_weight_lowering(name: str, which: str, dtype: type, tolerance: fl
     checked = 0
     for case in CONV:
         rank = np.ndim(case.inputs[1]) - 2
-        if (name == "columns" and which in ("sizes", "all")) or (name == "volume" and rank == 3):
+        if (name.startswith("columns") and which in ("sizes", "all")) or (name == "volume" and rank == 3):
             continue
         got = _lower(case, which, lambda op, x, w, g, window: WEIGHT[name](op, x, g, w, window), dtype)
         _same(got, _truth(case, dtype)[1], tolerance)
         checked += 1
-    assert checked or (name == "columns" and which in ("sizes", "all"))
+    assert checked or (name.startswith("columns") and which in ("sizes", "all"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_DTYPES)
+@pytest.mark.parametrize("batched", [False, True], ids=["one product", "by example"])
 @pytest.mark.parametrize("case", CONV, ids=str)
-def test_taps_laid_out_on_the_map(case: Case, dtype: type, tolerance: float) -> None:
+def test_taps_laid_out_on_the_map(case: Case, batched: bool, dtype: type, tolerance: float) -> None:
     """weight_by_columns with every choice of kernel axes whose stride is 1."""
     rank = np.ndim(case.inputs[1]) - 2
     strides = case.attrs.get("strides", [1] * rank)
@@ -217,7 +220,7 @@ def test_taps_laid_out_on_the_map(case: Case, dtype: type, tolerance: float) -> 
         on_map = [axis for i, axis in enumerate(free) if bits >> i & 1]
 
         def formula(op, x, w, g, window, on_map=on_map):
-            return conv.weight_by_columns(op, x, g, w, window, on_map)
+            return conv.weight_by_columns(op, x, g, w, window, on_map=on_map, batched=batched)
 
         _same(_lower(case, "batch", formula, dtype), expected, tolerance)
 

@@ -13,6 +13,7 @@ ConvTranspose loops in Python and mixes up its groups; nothing emitted for float
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import ModelError
+from zilc.lowerings import Lowering, assumed
 from zilc.vjp.table import defvjp
 
 _INT64_MIN = int(np.iinfo(np.int64).min)
@@ -52,6 +54,12 @@ class Window:
     @property
     def spatial(self) -> list[int]:
         return list(range(2, 2 + self.rank))
+
+    @property
+    def site(self) -> str:
+        """The window as text, without the sizes that the operands have."""
+        pads = "" if isinstance(self.begin, gs.Tensor) else f" pads {self.begin}{self.end}"
+        return f"strides {self.strides} dilations {self.dilations}{pads} group {self.group}"
 
     @property
     def extent(self) -> list[int]:
@@ -315,14 +323,24 @@ def _cut_taps(op: Emitter, taps: gs.Tensor, w: gs.Tensor, window: Window) -> gs.
 
 
 def weight_by_columns(
-    op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window, on_map: Sequence[int] = ()
+    op: Emitter,
+    image: gs.Tensor,
+    map_: gs.Tensor,
+    w: gs.Tensor,
+    window: Window,
+    *,
+    on_map: Sequence[int] = (),
+    batched: bool = False,
 ) -> gs.Tensor:
-    """One matrix product over batch and positions, of shifted copies of the image and of the map.
+    """Matrix products over positions, of shifted copies of the image and of the map.
 
     The taps k of a kernel axis can be laid out on either factor, because only s p + d k matters: shifted
     copies of the image (im2col), or, on a stride-1 axis in ``on_map``, shifted copies of the map over all image
     positions.  A strided axis is first split into its s phases, so that every copy is of contiguous elements.
     The weight's and all spatial sizes must be static; the batch may be symbolic.
+
+    ``batched``: a product an example, added up; nothing is transposed, but there are as many partial results as
+    examples.  Otherwise one product over batch and positions, for which both factors are moved to [channels, batch].
     """
     r, group = window.rank, window.group
     kernel, sizes, positions = window.kernel, window.image, window.map
@@ -335,8 +353,10 @@ def weight_by_columns(
     m, c = shape[0] // group, shape[1]
     d, s = window.dilations, window.strides
     assert all(s[axis] == 1 for axis in on_map)
-    lead = [group] if group > 1 else []
-    first = len(lead) + 2  # first spatial axis of [(G,) C, N, X]
+    grouped = [group] if group > 1 else []
+    # [(N,) (G,) channels, (N,) positions]: what comes before the channels, and where the spatial axes begin.
+    lead = [0, *grouped] if batched else grouped
+    first = len(grouped) + 2
 
     # Used part of the padded image, in whole strides.
     need = [(p - 1) * s_ + e for p, s_, e in zip(positions, s, window.extent, strict=True)]
@@ -349,24 +369,28 @@ def weight_by_columns(
         x = op.Slice(x, [0] * len(single), [need[a] for a in single], [2 + a for a in single], [s[a] for a in single])
         s = [1 if axis in single else s[axis] for axis in range(r)]
         used = [positions[axis] if axis in single else used[axis] for axis in range(r)]
-    # Phases of the strided axes become channels: [N, (G,) C, X] -> [(G,) phases C, N, X / s].  The Reshape also
-    # keeps ONNX Runtime from moving the Transpose behind the copies, where it costs more.
+    # Phases of the strided axes become channels: [N, (G,) C, X] -> [(G,) phases C, N, X / s], N first if batched.
+    # The Reshape also keeps ONNX Runtime from moving the Transpose behind the copies, where it costs more.
     split: list[int] = []
     inner, phases = [], []
     for axis in range(r):
-        inner.append(2 + len(lead) + len(split))
+        inner.append(2 + len(grouped) + len(split))
         if s[axis] > 1:
             split += [used[axis] // s[axis], s[axis]]
             phases.append(inner[-1] + 1)
         else:
             split.append(used[axis])
     now = [u // s_ for u, s_ in zip(used, s, strict=True)]
-    if lead or phases:
-        x = op.Reshape(x, [0, *lead, c, *split])
-    x = op.Transpose(x, perm=[*([1] if lead else []), *phases, 1 + len(lead), 0, *inner])
+    if grouped or phases:
+        x = op.Reshape(x, [0, *grouped, c, *split])
+    channel = 1 + len(grouped)
+    if not batched:
+        x = op.Transpose(x, perm=[*([1] if grouped else []), *phases, channel, 0, *inner])
+    elif phases:
+        x = op.Transpose(x, perm=[0, *([1] if grouped else []), *phases, channel, *inner])
     channels = c * math.prod(s)
     if phases:
-        x = op.Reshape(x, [*lead, channels, -1, *now])
+        x = op.Reshape(x, [*lead, channels, *now] if batched else [*lead, channels, -1, *now])
 
     # Copies of the image, one a tap on the axes that are not in on_map.
     on_image = [axis for axis in range(r) if axis not in on_map]
@@ -386,9 +410,10 @@ def weight_by_columns(
 
     # Copies of the map, one a tap on the axes in on_map, over all image positions of these axes.
     y = map_
-    if lead:
+    if grouped:
         y = op.Reshape(y, [0, group, m, *positions])
-    y = op.Transpose(y, perm=[1, 2, 0, *range(3, 3 + r)] if lead else [1, 0, *window.spatial])
+    if not batched:
+        y = op.Transpose(y, perm=[1, 2, 0, *range(3, 3 + r)] if grouped else [1, 0, *window.spatial])
     rows_ = []
     for tap in product(*(range(kernel[axis]) for axis in on_map)):
         before = [k * d[axis] for axis, k in zip(on_map, tap, strict=True)]
@@ -398,39 +423,82 @@ def weight_by_columns(
     rows = op.Reshape(rows, [*lead, len(rows_) * m, -1])
 
     if lead:
-        product_ = op.MatMul(rows, op.Transpose(columns, perm=[0, 2, 1]))
+        last = len(lead)
+        product_ = op.MatMul(rows, op.Transpose(columns, perm=[*range(last), last + 1, last]))
+        if batched:
+            product_ = op.ReduceSum(product_, [0], keepdims=0)
     else:
         product_ = op.Gemm(rows, columns, transB=1)
     # [(G,) K on map, M, K on image, C] -> [(G,) M, C, K]
     if len(copies) * len(rows_) == 1:
         return op.Reshape(product_, list(shape))
-    parts = [*lead, *(kernel[a] for a in on_map), m, *(kernel[a] for a in on_image), c]
-    where = {axis: len(lead) + i for i, axis in enumerate(on_map)}
-    where |= {axis: len(lead) + len(on_map) + 1 + i for i, axis in enumerate(on_image)}
-    order = [*range(len(lead)), len(lead) + len(on_map), len(parts) - 1, *(where[axis] for axis in range(r))]
+    parts = [*grouped, *(kernel[a] for a in on_map), m, *(kernel[a] for a in on_image), c]
+    where = {axis: len(grouped) + i for i, axis in enumerate(on_map)}
+    where |= {axis: len(grouped) + len(on_map) + 1 + i for i, axis in enumerate(on_image)}
+    order = [*range(len(grouped)), len(grouped) + len(on_map), len(parts) - 1, *(where[axis] for axis in range(r))]
     taps = op.Transpose(op.Reshape(product_, parts), perm=order)
-    return op.Reshape(taps, list(shape)) if lead else taps
+    return op.Reshape(taps, list(shape)) if grouped else taps
 
 
 def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes."""
-    lowering, on_map = choose_weight(op, image, w, window)
-    if lowering is weight_by_columns:
-        return weight_by_columns(op, image, map_, w, window, on_map)
+    candidates = {
+        name: Lowering(functools.partial(_bind_weight, lowering, window), work)
+        for name, (lowering, work) in weight_lowerings(op, image, w, window).items()
+    }
+    return op.lowerings.emit(op, "Conv.weight", window.site, [image, map_, w], candidates)
+
+
+def _bind_weight(
+    lowering: Callable[..., gs.Tensor], window: Window, op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor
+) -> gs.Tensor:
     return lowering(op, image, map_, w, window)
 
 
-def choose_weight(
+def weight_lowerings(
     op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window
-) -> tuple[Callable[..., gs.Tensor], list[int]]:
-    """The lowering of the weight cotangent and the kernel axes whose taps are laid out on the map."""
-    known = op.static(w) is not None and window.image is not None and window.map is not None
-    if known and (window.rank == 3 or window.kernel == [1] * window.rank):
-        return weight_by_columns, []
+) -> dict[str, tuple[Callable[..., gs.Tensor], dict[str, float]]]:
+    """The lowerings of the weight cotangent that these shapes allow, each with its work."""
     dims = op.dims(w)
     depthwise = window.group > 1 and dims is not None and dims[1] == 1
     # ONNX Runtime's fast convolutions have at most three spatial axes.
-    return (weight_by_swapped_conv if depthwise or window.rank == 3 else weight_by_volume_conv), []
+    convs: dict[str, Callable[..., gs.Tensor]] = {"volume": weight_by_volume_conv, "swapped": weight_by_swapped_conv}
+    if window.rank == 3:
+        del convs["volume"]
+    shape, example = op.static(w), assumed(op, image)
+    known = window.image is not None and window.map is not None and window.kernel is not None
+    if shape is None or example is None or not known:
+        # Nothing to go by: one product a channel where each has its own, else one product for all.
+        name = "swapped" if depthwise or window.rank == 3 else "volume"
+        return {name: (convs[name], {})}
+    assert window.kernel is not None
+    assert window.image is not None
+    assert window.map is not None
+    n, channels = example[:2]
+    taps, positions, elements = (math.prod(x) for x in (window.kernel, window.map, window.image))
+    weight = math.prod(shape)
+    work = {
+        "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
+        "image": n * channels * elements, "map": n * shape[0] * positions, "weight": weight, "groups": window.group,
+    }  # fmt: skip
+    found = {name: (lowering, work) for name, lowering in convs.items()}
+    found["columns"] = (weight_by_columns, work)
+    by_example = {**work, "partial results": n * weight, "products": n * window.group}
+    found["columns by example"] = (functools.partial(weight_by_columns, batched=True), by_example)
+    if window.rank > 1 and window.kernel[0] > 1 and window.strides[0] == 1:
+        # The first axis' taps on the map: k0 copies of the map and K / k0 of the image, instead of K of the image.
+        k = window.kernel[0]
+        split = {
+            **work, "columns": (work["columns"] / k + work["map"] * k) * (window.extent[0] - 1 + window.map[0])
+            / window.map[0], "multiply-adds": work["multiply-adds"] * (window.extent[0] - 1 + window.map[0])
+            / window.map[0],
+        }  # fmt: skip
+        found["columns, rows on the map"] = (functools.partial(weight_by_columns, on_map=[0]), split)
+        found["columns by example, rows on the map"] = (
+            functools.partial(weight_by_columns, on_map=[0], batched=True),
+            {**split, "partial results": n * weight, "products": n * window.group},
+        )
+    return found
 
 
 # --- image cotangent --------------------------------------------------------------------------------------------
@@ -524,14 +592,52 @@ def _mirrored(op: Emitter, w: gs.Tensor, window: Window) -> gs.Tensor:
 
 def image_cotangent(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
     """dX[n,c,q] = sum_{m,p,k: s p + d k - a = q} map[n,m,p] W[m,c,k], by the lowering that suits the shapes."""
-    return choose_image(op, image, window)(op, map_, w, image, window)
+    candidates = {
+        name: Lowering(functools.partial(_bind_image, lowering, window), work)
+        for name, (lowering, work) in image_lowerings(op, map_, w, image, window).items()
+    }
+    return op.lowerings.emit(op, "Conv.image", window.site, [map_, w, image], candidates)
 
 
-def choose_image(op: Emitter, image: gs.Tensor, window: Window) -> Callable[..., gs.Tensor]:
-    """The lowering of the image cotangent."""
-    if op.dtype(image) == np.float64 or all(s == 1 for s in window.strides):
-        return image_by_conv
-    return image_by_transpose
+def _bind_image(
+    lowering: Callable[..., gs.Tensor], window: Window, op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor
+) -> gs.Tensor:
+    return lowering(op, map_, w, image, window)
+
+
+def image_lowerings(
+    op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window
+) -> dict[str, tuple[Callable[..., gs.Tensor], dict[str, float]]]:
+    """The lowerings of the image cotangent that these shapes allow, each with its work."""
+    both: dict[str, Callable[..., gs.Tensor]] = {"transpose": image_by_transpose, "conv": image_by_conv}
+    if op.dtype(image) == np.float64:
+        del both["transpose"]
+    elif all(s == 1 for s in window.strides):
+        both = {"conv": image_by_conv, "transpose": image_by_transpose}
+    shape, example = op.static(w), assumed(op, map_)
+    known = window.image is not None and window.map is not None and window.kernel is not None
+    if shape is None or example is None or not known:
+        name = next(iter(both))
+        return {name: (both[name], {})}
+    assert window.kernel is not None
+    assert window.image is not None
+    assert window.map is not None
+    n = example[0]
+    taps, positions, elements = (math.prod(x) for x in (window.kernel, window.map, window.image))
+    weight, channels = math.prod(shape), shape[1] * window.group
+    spread = positions * math.prod(window.strides)
+    transposed = {
+        "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
+        "image": n * channels * elements, "map": n * shape[0] * positions, "weight": weight,
+        "products": n * window.group,
+    }  # fmt: skip
+    convolved = {
+        "multiply-adds": n * weight * elements, "columns": n * shape[0] * taps * elements,
+        "image": n * channels * elements, "map": n * shape[0] * spread, "weight": weight,
+        "products": n * window.group,
+    }  # fmt: skip
+    works = {"transpose": transposed, "conv": convolved}
+    return {name: (lowering, works[name]) for name, lowering in both.items()}
 
 
 # --- rules ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,292 @@
+"""Several ways to emit one VJP, and the choice among them.
+
+A costly rule offers candidates.  Each says what its time is made of, as counts of work (multiply-adds, elements copied,
+kernel calls); what an item of work costs was fitted to measurements by tools/fit_lowerings.py, for each target, and is
+kept in ``lowerings.json``.  The candidate of the least predicted time is taken.  With ``--tune`` the candidates are
+measured on the user's own machine instead, and what was found is remembered in a file.
+
+All candidates compute the same sum; only the order of its summands differs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx_graphsurgeon as gs
+
+from zilc.errors import FileError, OptionError
+
+if TYPE_CHECKING:
+    from zilc.emit import Emitter
+
+#: Examples in a batch whose size is open when the choice is made.
+BATCH = 16
+#: Targets whose costs are known: what the provider of the training run is.
+TARGETS = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One way to emit a VJP.
+
+    Attributes:
+        emit: called with an emitter and the operands; gives the cotangent.
+        work: how much of what it does, by name, for the sizes at hand.
+    """
+
+    emit: Callable[..., gs.Tensor]
+    work: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A choice that was made: at which vertex, for what, which, and how (``fitted`` costs or ``measured``)."""
+
+    vertex: str
+    kind: str
+    lowering: str
+    how: str
+
+
+@dataclass
+class Lowerings:
+    """Chooses for one emission.
+
+    Attributes:
+        target: what the costs were fitted for.
+        tuner: measures instead, if there is one.
+        taken: the choices so far.
+    """
+
+    target: str = "cpu"
+    tuner: Tuner | None = None
+    taken: list[Taken] = field(default_factory=list)
+
+    def emit(
+        self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
+    ) -> gs.Tensor:
+        """Emit the candidate that is expected to be the fastest; its nodes carry ``zilc.lowering``.
+
+        Args:
+            kind: operator and operand, such as ``Conv.weight``; costs are kept by it.
+            site: what besides the operands' shapes and dtypes matters to the time, as text.
+            operands: what the candidates take.
+            candidates: by name, the one to take where no costs are known first.
+        """
+        name, how = self.choose(op, kind, site, operands, candidates)
+        self.taken.append(Taken(op.metadata.get("zilc.vertex", ""), kind, name, how))
+        with op.noting(lowering=f"{kind}: {name}"):
+            return candidates[name].emit(op, *operands)
+
+    def choose(
+        self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
+    ) -> tuple[str, str]:
+        """The candidate to take, and how it was found."""
+        if len(candidates) == 1:
+            return next(iter(candidates)), "only"
+        if self.tuner is not None:
+            return self.tuner.fastest(op, kind, site, operands, candidates), "measured"
+        known = costs().get(self.target, {}).get(kind, {})
+        if any(name not in known for name in candidates):
+            return next(iter(candidates)), "default"
+        return min(candidates, key=lambda name: predicted(known[name], candidates[name].work)), "fitted"
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """How often each lowering was taken, by kind."""
+        counts: dict[str, dict[str, int]] = {}
+        for one in self.taken:
+            if one.how != "only":
+                row = counts.setdefault(one.kind, {})
+                row[one.lowering] = row.get(one.lowering, 0) + 1
+        return {kind: dict(sorted(row.items())) for kind, row in sorted(counts.items())}
+
+
+def predicted(cost: Mapping[str, float], work: Mapping[str, float]) -> float:
+    """Milliseconds: cost of an item times number of items, and a constant."""
+    return cost.get("constant", 0.0) + sum(cost.get(name, 0.0) * amount for name, amount in work.items())
+
+
+@functools.cache
+def costs() -> dict[str, Any]:
+    """Milliseconds an item of work, by target, kind, lowering and name of the work."""
+    text = resources.files("zilc").joinpath("lowerings.json").read_text(encoding="utf-8")
+    made: dict[str, Any] = json.loads(text)["costs"]
+    return made
+
+
+def assumed(op: Emitter, x: gs.Tensor) -> tuple[int, ...] | None:
+    """Shape with :data:`BATCH` for an open first dimension; None where anything else is open."""
+    dims = op.dims(x)
+    if dims is None:
+        return None
+    sizes = [BATCH if k == 0 and not isinstance(n, (int, np.integer)) else n for k, n in enumerate(dims)]
+    if not all(isinstance(n, (int, np.integer)) for n in sizes):
+        return None
+    return tuple(int(n) for n in sizes)  # type: ignore[arg-type]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+class Tuner:
+    """Measures lowerings on this machine and remembers the times.
+
+    Args:
+        path: the file of what was measured; made at the first measurement.
+        seconds: at most about this long for one site.
+
+    Raises:
+        FileError: the file is there and is not one of ours.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, seconds: float = 1.0) -> None:
+        from zilc.machine import processor
+        from zilc.providers import import_onnxruntime
+
+        self.path, self.seconds = Path(path), seconds
+        self.machine = f"{processor()}, {os.cpu_count()} processors, onnxruntime {import_onnxruntime().__version__}"
+        self._known: dict[str, Any] = self._read()
+        #: How many sites were measured, not remembered.
+        self.measured = 0
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise self._unreadable() from error
+        if not isinstance(found, dict) or found.get("format") != "zilc lowerings 1":
+            raise self._unreadable()
+        machines: dict[str, Any] = found["machines"]
+        return machines
+
+    def _unreadable(self) -> FileError:
+        return FileError(
+            "is no file of measured lowerings", where=str(self.path), hint="Remove it; --tune makes a new one."
+        )
+
+    def fastest(
+        self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
+    ) -> str:
+        """The candidate of the least measured time; the first where an operand's size is open or none runs."""
+        shapes = [assumed(op, x) for x in operands]
+        if any(shape is None for shape in shapes):
+            return next(iter(candidates))
+        facts = [f"{op.dtype(x).name}{list(shape or ())}" for x, shape in zip(operands, shapes, strict=True)]
+        key = f"{kind}: {' '.join(facts)} {site}"
+        mine = self._known.setdefault(self.machine, {})
+        times = mine.get(key, {})
+        if any(name not in times for name in candidates):
+            times = measure(op, operands, candidates, seconds=self.seconds)
+            mine[key] = times
+            self.measured += 1
+            self._write()
+        ran = {name: times[name] for name in candidates if times.get(name) is not None}
+        return min(ran, key=lambda name: ran[name]) if ran else next(iter(candidates))
+
+    def _write(self) -> None:
+        from zilc.files import together
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
+        content = {"format": "zilc lowerings 1", "machines": self._known}
+        with together(self.path) as (stand_in,):
+            stand_in.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def memory() -> Path:
+    """Where ``--tune`` remembers: ``lowerings.json`` in the user's folder for zilc, which ZILC_HOME can replace."""
+    import click
+
+    return Path(os.environ.get("ZILC_HOME") or click.get_app_dir("zilc")) / "lowerings.json"
+
+
+def measure(
+    op: Emitter,
+    operands: Sequence[gs.Tensor],
+    candidates: Mapping[str, Lowering],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 9,
+) -> dict[str, float | None]:
+    """Milliseconds of each candidate, the median of interleaved runs in onnxruntime; None for one that does not run."""
+    rng = np.random.default_rng(0)
+    feeds = {f"x{k}": _random(rng, op.dtype(x), assumed(op, x) or ()) for k, x in enumerate(operands)}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, candidate in candidates.items():
+        try:
+            runs[name] = _session(op, operands, candidate, feeds)
+            runs[name]()
+        except Exception:  # noqa: BLE001  (whatever a runtime raises, the candidate is out)
+            runs.pop(name, None)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    begun = time.perf_counter()
+    for count in range(rounds):
+        for name, run in list(runs.items())[:: 1 if count % 2 else -1]:
+            start = time.perf_counter()
+            run()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+        if time.perf_counter() - begun > seconds and count >= 2:
+            break
+    return {name: float(np.median(taken[name])) if name in taken else None for name in candidates}
+
+
+def _random(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if np.issubdtype(dtype, np.integer):
+        return np.zeros(shape, dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _session(
+    op: Emitter, operands: Sequence[gs.Tensor], candidate: Lowering, feeds: Mapping[str, np.ndarray]
+) -> Callable[[], Any]:
+    """A candidate as a graph of its own, ready to run."""
+    from zilc import onnx_io
+    from zilc.emit import Emitter as Fresh
+    from zilc.providers import CPU
+    from zilc.session import make_session
+
+    inputs = [gs.Variable(f"x{k}", op.dtype(x), op.dims(x)) for k, x in enumerate(operands)]
+    for k, x in enumerate(inputs):
+        x.shape = [f"n{k}_{axis}" if isinstance(n, str) and axis else n for axis, n in enumerate(x.shape)]
+    graph = gs.Graph(inputs=list(inputs), opset=op.graph.opset)
+    graph.import_domains = [onnx.helper.make_opsetid("", op.graph.opset)]
+    own = Fresh(graph)
+    made = candidate.emit(own, *inputs)
+    result = gs.Variable("result", dtype=op.dtype(made) if made.dtype is not None else None)
+    graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))
+    graph.outputs = [result]
+    session = make_session(onnx_io.to_proto(graph, infer=True), [CPU])
+    names = [i.name for i in session.get_inputs()]
+    fed = {name: feeds[name] for name in names}
+    return lambda: session.run(None, fed)
+
+
+def tuner_of(tune: bool | str | os.PathLike[str]) -> Tuner | None:
+    """The tuner that ``tune`` asks for: none, one that remembers in the user's folder, or in a file.
+
+    Raises:
+        OptionError: neither a path nor a truth value.
+        FileError: the file is not one of ours.
+    """
+    if tune is False:
+        return None
+    if tune is True:
+        return Tuner(memory())
+    if not isinstance(tune, (str, os.PathLike)):
+        raise OptionError(f"{tune!r} is neither a file nor true or false", where="--tune")
+    return Tuner(tune)
