@@ -260,10 +260,9 @@ def emit_training(
         straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
             were rounded; wavefront and bp only.
         precision: ``float32`` computes in the model's own types.  ``float16`` and ``bfloat16`` compute the costly
-            operators of a float32 model in that type (:mod:`zilc.passes.mixed_precision`), wavefront and bp only;
-            interface, parameters, gradients and optimizer stay float32.  ``float16`` scales the loss
-            (:mod:`zilc.scaling`): the scale and a count are ``carried``, and an update with a gradient that is not
-            finite is skipped.
+            operators of a float32 model in that type (:mod:`zilc.passes.mixed_precision`); interface, parameters,
+            gradients and optimizer stay float32.  ``float16`` scales the loss (:mod:`zilc.scaling`; wavefront and bp
+            only): the scale and a count are ``carried``, and an update with a gradient that is not finite is skipped.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -283,12 +282,11 @@ def emit_training(
             "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
         )
     _one_of("--precision", precision, ("float32", *LOW))
-    if precision != "float32" and plan.literal is not None:
+    if precision == "float16" and plan.literal is not None:
         raise OptionError(
-            "value nodes of the literal schedule move by the errors themselves, which the loss scale multiplies and "
-            "a narrow type rounds",
+            "float16 wants errors multiplied by a loss scale, and by errors the literal schedule moves its value nodes",
             where="--precision",
-            hint="Use the wavefront, or float32.",
+            hint="Use the wavefront, or bfloat16.",
         )
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(
