@@ -1,7 +1,7 @@
 """Mixed precision: costly operators in float16 or bfloat16, delicate ones and the parameters in float32.
 
-The pass rewrites the prepared float32 graph before levels are found, so that a Cast is a vertex like any other: it has a
-level, an error and a VJP rule, and Z-IL on the rewritten graph equals backprop on it bit for bit.
+The pass rewrites the prepared float32 graph before levels are found, so that a Cast is a vertex like any other: it has
+a level, an error and a VJP rule, and Z-IL on the rewritten graph equals backprop on it bit for bit.
 
 Three kinds of operators, after the lists of torch.autocast (PyTorch's documentation of ``torch.amp``, "Autocast Op
 Reference"):
@@ -34,7 +34,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import OptionError
-from zilc.graph import FROZEN, INFERENCE, Rebuild, captured, fresh_name
+from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name
 from zilc.passes import contracts
 from zilc.passes.parameters import READ_LIMIT
 
@@ -46,8 +46,8 @@ NARROW = frozenset(
 )
 #: Operators that give back, entry by entry, what they read (or 0): rounding before them is rounding after them.
 MOVING = frozenset(
-    {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Identity", "Expand", "Tile",
-     "Gather", "DepthToSpace", "SpaceToDepth", "Trilu", "Relu", "MaxPool", "GlobalMaxPool"}
+    {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Identity", "Expand",
+     "Tile", "Gather", "DepthToSpace", "SpaceToDepth", "Trilu", "Relu", "MaxPool", "GlobalMaxPool"}
 )  # fmt: skip
 FOLLOWING = MOVING | {
     "Add", "Sub", "Mul", "Div", "Sum", "Neg", "Abs", "Max", "Min", "Where", "Clip", "Pad", "Dropout", "GatherElements",
@@ -259,9 +259,10 @@ class _Rewrite:
         if getattr(node, FROZEN, False):
             # Masks and batch statistics come from the compiler; a mask holds 0 and 1 / (1 - ratio).
             self.pliant.update(dict.fromkeys((t.name for t in floating), True))
-        elif node.op in MOVING and node.domain in _DEFAULT and all(isinstance(t, gs.Constant) or t.name in self.pliant
-                                                                    for t in read):  # fmt: skip
-            self.pliant.update(dict.fromkeys((t.name for t in floating), all([self._pliant(t) for t in read])))
+            return
+        given = all(isinstance(t, gs.Constant) or t.name in self.pliant for t in read)
+        if given and node.op in MOVING and node.domain in _DEFAULT:
+            self.pliant.update(dict.fromkeys((t.name for t in floating), all(self._pliant(t) for t in read)))
 
     def _lower(self, node: gs.Node) -> None:
         self.low.add(id(node))
@@ -342,6 +343,7 @@ class _Rewrite:
         name = fresh_name(f"{made.name}.cast", self.names)
         node = gs.Node("Cast", name=name, attrs={"to": int(to)}, inputs=[source], outputs=[made])
         node.metadata, node.doc_string = {}, ""
+        setattr(node, PRECISION, True)
         self.rebuild.nodes.append(node)
         self.found.casts += 1
 

@@ -70,8 +70,8 @@ class TrainingGraph:
     instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.  Not where
     the graph is ``mixed``: the small errors that a small rate makes are what a narrow type loses.
 
-    Where errors are ``scaled``, parameters are updated last, once all gradients are known to be finite.  Else the update
-    is skipped: whatever is carried stays as it was, but for the scale.  (Where masks alone count steps, those go on.)
+    Where errors are ``scaled``, parameters are updated last, once all gradients are known to be finite.  Else the
+    update is skipped: what is carried stays as it was, but for the scale.  (A step that masks alone count goes on.)
     """
 
     def __init__(
