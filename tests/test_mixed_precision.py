@@ -339,6 +339,26 @@ def test_a_loop_reads_float32_and_an_inner_output_keeps_its_name_and_type() -> N
     np.testing.assert_allclose(found["w.grad"], expected["w.grad"], rtol=4e-3, atol=1e-3 * largest)
 
 
+ONE = """
+<ir_version: 10, opset_import: ["" : 18]>
+one (float[N,4] x) => (float[N,1] y)
+<float[4,1] w, float[1] b>
+{
+    h = MatMul (x, w)
+    y = Add (h, b)
+}
+"""
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5, 1e-9])  # the last is zero in float16, so that the Add stays in float32
+def test_the_same_parameters_are_trained(bias: float) -> None:
+    trained = {
+        precision: [p["name"] for p in zilc.emit_training(written(ONE, b=[bias]), precision=precision).signature[
+            "parameters"]] for precision in ("float32", *LOW)
+    }  # fmt: skip
+    assert {tuple(sorted(names)) for names in trained.values()} == {("b", "w")}
+
+
 # --- float32 is as before ---------------------------------------------------------------------------------------
 
 
@@ -361,6 +381,7 @@ def test_float32_changes_nothing(name: str) -> None:
 OPTIMIZERS = [("sgd", {}), ("momentum", {"dampening": 0.1}), ("adam", {})]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
 @pytest.mark.parametrize("huge", [1e9, np.nan, np.inf])
 def test_an_overflow_skips_the_update_and_halves_the_scale(optimizer: str, options: dict, huge: float) -> None:
@@ -412,6 +433,27 @@ def test_a_scale_that_is_too_large_is_found_by_itself() -> None:
     assert trainer.state["good_steps"] == 30 - halved
     assert losses[-1] < 0.9 * losses[0]
     assert losses[0] == losses[halved - 1]
+
+
+@pytest.mark.parametrize(("values", "finite"), [
+    ([0.0, -1e30, 1e-45], True), ([0.0, np.nan, 1.0], False), ([np.inf, -np.inf, 1.0], False), ([-np.inf, 0, 0], False),
+])  # fmt: skip
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_one_entry_that_is_not_finite_is_found_in_any_gradient(values: list[float], finite: bool, where: int) -> None:
+    graph = gs.Graph(opset=18)
+    shapes: list[list[int]] = [[3], [], [3, 1]]
+    graph.inputs = [gs.Variable(f"g{k}", np.dtype(np.float32), shape) for k, shape in enumerate(shapes)]
+    made = scaling.all_finite(Emitter(graph), graph.inputs)
+    made.shape = []
+    graph.outputs = [made]
+    arrays = [np.ones(shape, np.float32) for shape in shapes]
+    arrays[where] = np.asarray(values, np.float32).reshape(shapes[where]) if shapes[where] else np.float32(values[1])
+    expected = finite or (where == 1 and np.isfinite(values[1]))
+    for prefer in ("onnxruntime", "reference"):
+        ran = executor(onnx_io.to_proto(graph, ir_version=10), prefer=prefer)
+        (found,) = ran({f"g{k}": array for k, array in enumerate(arrays)}).values()
+        assert found.dtype == bool
+        assert found == expected
 
 
 @pytest.mark.parametrize(("scale", "good", "following", "count"), [
