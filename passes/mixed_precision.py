@@ -134,7 +134,7 @@ def _ensure_single(graph: gs.Graph, where: str) -> None:
         if tensor.name and onnx_io.is_float(tensor) and onnx_io.np_dtype(tensor.dtype) != _SINGLE:
             raise OptionError(
                 f"{where or 'the model'} is not a float32 model: '{tensor.name}' is "
-                f"{onnx_io.np_dtype(tensor.dtype)}",  # type: ignore[str-bytes-safe]
+                f"{onnx_io.np_dtype(tensor.dtype)}",
                 where="--precision",
                 hint="Leave it out, or give the float32 model.",
             )

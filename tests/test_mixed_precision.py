@@ -25,7 +25,7 @@ from tests.command import Command
 from tests.graphs import initial
 from zilc import models, onnx_io, scaling, signature
 from zilc.emit import Emitter
-from zilc.errors import ModelError, OptionError
+from zilc.errors import DataError, ModelError, OptionError
 from zilc.executors import executor
 from zilc.graph import PRECISION
 from zilc.passes.mixed_precision import mixed_precision
@@ -350,6 +350,14 @@ one (float[N,4] x) => (float[N,1] y)
 """
 
 
+def test_a_parameter_that_is_read_twice_is_told() -> None:
+    text = ONE.replace("float[4,1] w", "float[4,4] w").replace("float[N,1] y", "float[N,4] y")
+    text = text.replace("h = MatMul (x, w)", "g = MatMul (x, w)\n h = MatMul (g, w)")
+    for precision in ("float32", "float16"):
+        step = zilc.emit_training(written(text), precision=precision)
+        assert any("parameter 'w' is read 2 times" in note for note in step.report["notes"])
+
+
 @pytest.mark.parametrize("bias", [0.0, 0.5, 1e-9])  # the last is zero in float16, so that the Add stays in float32
 def test_the_same_parameters_are_trained(bias: float) -> None:
     trained = {
@@ -548,6 +556,17 @@ def test_training_reaches_what_float32_reaches_and_float32_weights_go_back(tmp_p
         assert before.raw_data != after.raw_data
         after.raw_data = before.raw_data
     assert onnx_io.serialize(trained) == onnx_io.serialize(original)
+
+
+def test_a_run_that_skips_every_update_is_an_error(tmp_path: Path) -> None:
+    """The derivative of a root at zero is infinite, whatever the scale."""
+    text = ONE.replace("h = MatMul (x, w)", "p = MatMul (x, w)\n r = Abs (p)\n h = Sqrt (r)")
+    model = written(text, w=np.zeros((4, 1)))
+    data = {"x": np.ones((8, 4), np.float32), "target": np.zeros((8, 1), np.float32)}
+    with pytest.raises(DataError, match=r"every update was skipped.* loss scale of 4096\."):
+        train(model, data, out=tmp_path / "out.onnx", lr=0.1, epochs=2, batch_size=4, device="cpu",
+              precision="float16", wrt="w")  # fmt: skip
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_trainer_evaluates_and_exports_in_training_mode(tmp_path: Path) -> None:

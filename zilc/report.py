@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.analysis import Structure, placed
+from zilc.graph import PRECISION
 from zilc.passes import identities
 from zilc.passes.identities import Placement
 from zilc.passes.mixed_precision import MixedPrecision
@@ -90,9 +91,8 @@ def notes(found: Structure, chosen: Selection | None) -> list[str]:
     if found.mixed is not None:
         lines += _mixed_precision(found.mixed)
     if chosen:
-        merged = [n for n in chosen.parameters if len(found.flow.readers.get(n, ())) > 1]
-        for name in merged[:8]:
-            count = len(found.flow.readers[name])
+        merged = {n: count for n in chosen.parameters if (count := _reads(found, n)) > 1}
+        for name, count in list(merged.items())[:8]:
             lines.append(
                 f"parameter '{name}' is read {count} times: shared by the model, "
                 "or equal constants that the exporter merged"
@@ -103,6 +103,15 @@ def notes(found: Structure, chosen: Selection | None) -> list[str]:
     for b, (a, transposed) in found.prepared.ties.items():
         lines.append(f"'{b}' is tied to '{a}'{' (transposed)' if transposed else ''}")
     return lines
+
+
+def _reads(found: Structure, name: str) -> int:
+    """How often the model reads a leaf: a cast that mixed precision put in stands for its own readers."""
+    count = 0
+    for edge in found.flow.readers.get(name, ()):
+        node = found.flow.vertices[edge.consumer]
+        count += len(found.flow.readers.get(node.outputs[0].name, ())) if getattr(node, PRECISION, False) else 1
+    return count
 
 
 def _inference_form(found: Structure) -> list[str]:
