@@ -3,7 +3,7 @@
 The pass rewrites the prepared float32 graph before levels are found, so that a Cast is a vertex like any other: it has
 a level, an error and a VJP rule, and Z-IL on the rewritten graph equals backprop on it bit for bit.
 
-Three kinds of operators, after the lists of torch.autocast (PyTorch's documentation of ``torch.amp``, "Autocast Op
+Three kinds of operators, after the lists of torch.autocast (https://docs.pytorch.org/docs/stable/amp.html, "Autocast Op
 Reference"):
 
 - *narrow* (:data:`NARROW`): products, convolutions, recurrences, Attention.  They run in the low type.

@@ -1,4 +1,6 @@
-"""Dynamic loss scaling as nodes, with the rule and the defaults of torch.amp.GradScaler (PyTorch's documentation).
+"""Dynamic loss scaling as nodes, with the rule and the defaults of torch.amp.GradScaler.
+
+They are documented at https://docs.pytorch.org/docs/stable/amp.html, "Gradient Scaling".
 
 In float16 small errors become zero.  The errors of the clamped outputs are therefore multiplied by a scale, and
 gradients, in float32, divided by it.  The scale is halved where a gradient is not finite (that update is skipped), and
