@@ -2,6 +2,7 @@
 
 1. ``prepare``     functions inlined, opset settled, dimensions fixed, shapes inferred, constants lifted, ties made,
                    the file's own Identity nodes removed, terminal identities appended to outputs that need one
+   ``train_mode``, ``mixed_precision``  the same graph in training form, and in a narrower type, if asked
 2. ``levels``      analysis: a level for each vertex and leaf; where the slack is
 3. ``parameters``  analysis: which leaves are trained, and why the others are not
 4. ``placement``   analysis: levels at which the fewest identities are needed, if asked for

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import FROZEN, Dataflow, every_node
+from zilc.graph import FROZEN, PRECISION, Dataflow, every_node
 
 #: Values are looked at only in tensors smaller than this; larger ones are never read.
 READ_LIMIT = 1 << 20
@@ -176,7 +176,10 @@ def _is_bias_or_slope(node: gs.Node, operand: int, consumers: dict[str, list[tup
     if node.op == "Add":
         # A bias of one unit: added to what a product or convolution made.
         other = node.inputs[1 - operand] if operand < 2 else None
-        made = other.inputs[0].op if other is not None and other.inputs else ""
+        maker = other.inputs[0] if other is not None and other.inputs else None
+        if maker is not None and getattr(maker, PRECISION, False):
+            maker = next(iter(maker.inputs[0].inputs), None)
+        made = maker.op if maker is not None else ""
         return made in _PRODUCT or made in _CONVOLUTION
     return node.op in _PRODUCT
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import onnx_io, scaling
 from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
 from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow
@@ -63,9 +63,15 @@ class TrainingGraph:
             literal dynamics move value nodes by the errors themselves.
         mode: what the training mode turned: its running statistics become inputs and ``.next`` outputs, its seed and
             step inputs of the interface.
+        mixed: some of the forward graph computes in a narrower type than its parameters.
+        scaled: the errors of the clamped outputs are multiplied by a scale, which is carried (:mod:`zilc.scaling`).
 
     Where nothing but updates p - lr g is asked for, the learning rate scales the errors of the clamped outputs, once,
-    instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.
+    instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.  Not where
+    the graph is ``mixed``: the small errors that a small rate makes are what a narrow type loses.
+
+    Where errors are ``scaled``, parameters are updated last, once all gradients are known to be finite.  Else the
+    update is skipped: what is carried stays as it was, but for the scale.  (A step that masks alone count goes on.)
     """
 
     def __init__(
@@ -79,6 +85,8 @@ class TrainingGraph:
         optimizer: Optimizer | None = None,
         linear: bool = True,
         mode: TrainMode | None = None,
+        mixed: bool = False,
+        scaled: bool = False,
     ) -> None:
         self.graph = graph
         self.op = Emitter(graph)
@@ -99,12 +107,19 @@ class TrainingGraph:
         self.losses: dict[str, gs.Tensor] = {}
         self._losses: list[Emitted] = []
         self._extra: list[tuple[str, gs.Tensor]] = []
+        self._gradients: list[tuple[str, gs.Tensor, int]] = []
         self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
         self._open_clamps(clamps)
         self._open_optimizer(parameters, counted)
         self._open_carried()
-        self.rate_in_errors = linear and self._rate_commutes(inputs)
+        self.scale: gs.Variable | None = None
+        self.good: gs.Variable | None = None
+        if scaled:
+            self._open_scale()
+        else:
+            self._finals += self._moved
+        self.rate_in_errors = linear and not mixed and self._rate_commutes(inputs)
         self._clamp()
         # Outputs are named last but claimed first, so that an emitted tensor cannot take their names.
         self.loss = self.claim("loss")
@@ -166,6 +181,8 @@ class TrainingGraph:
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
                 if self.rate_in_errors:
                     factor = self.lr if factor is None else op.Mul(factor, self.lr)
+                if self.scale is not None:
+                    factor = self.scale if factor is None else op.Mul(factor, self.scale)
                 self.clamped[clamp.tensor] = direction if factor is None else op.Mul(direction, factor)
 
     def target_of(self, clamp: Clamp) -> gs.Variable | None:
@@ -211,11 +228,20 @@ class TrainingGraph:
     def _open_carried(self) -> None:
         """Running statistics become inputs, and what follows each an output."""
         self.carried: list[dict[str, str]] = []
+        self._moved: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         for name, following in self.mode.carried.items():
             tensor = self._opened(name)
             self.graph.inputs.append(tensor)
             self.carried.append({"name": name, "next": self.claim(f"{name}.next")})
-            self._finals.append((self.carried[-1]["next"], self._tensors[following], tensor))
+            self._moved.append((self.carried[-1]["next"], self._tensors[following], tensor))
+
+    def _open_scale(self) -> None:
+        """The loss scale and its count; inputs, and outputs that are fed back."""
+        self.scale = gs.Variable(self.claim("loss_scale"), dtype=np.dtype(np.float32), shape=[])
+        self.good = gs.Variable(self.claim("good_steps"), dtype=np.dtype(np.int64), shape=[])
+        for tensor in (self.scale, self.good):
+            self.graph.inputs.append(tensor)
+            self.carried.append({"name": tensor.name, "next": self.claim(f"{tensor.name}.next")})
 
     def _open_leaf(self, name: str, *, wanted_input: bool) -> None:
         names = LeafNames(name, 0)
@@ -234,20 +260,49 @@ class TrainingGraph:
         op, names = self.op, self.leaves[leaf]
         names.level = level
         tensor = self._tensors[leaf]
-        if gradient is None:
-            with op.place(f"{leaf}.gradient", vertex=leaf, level=level, role="update", step=max(level - 1, 0)):
+        with op.place(f"{leaf}.gradient", vertex=leaf, level=level, role="update", step=max(level - 1, 0)):
+            if gradient is None:
                 gradient = op.zeros_like(tensor)
+            elif self.scale is not None:
+                gradient = op.Div(gradient, self.scale)
         if names.grad is not None:
             self._finals.append((names.grad, gradient, tensor))
-        if names.next is None:
-            return
+        if self.scale is not None:
+            self._gradients.append((leaf, gradient, level))
+        elif names.next is not None:
+            self._update(leaf, gradient, level)
+
+    def _update(self, leaf: str, gradient: gs.Tensor, level: int, finite: gs.Tensor | None = None) -> None:
+        """The leaf's next value and its slots'; where ``finite`` (bool, shape []) is false, those that it has."""
+        op, names, tensor = self.op, self.leaves[leaf], self._tensors[leaf]
         assert self.optimizer is not None
+        assert names.next is not None
         rate = None if self.rate_in_errors else self.lr
         with op.place(f"{leaf}.optimizer", vertex=leaf, level=level, role="optimizer", step=max(level - 1, 0)):
             following, slots = self.optimizer.update(op, tensor, gradient, dict(self._slots[leaf]), rate, self.step)
+            if finite is not None:
+                following = op.Where(finite, following, tensor)
+                slots = {slot: op.Where(finite, new, self._slots[leaf][slot]) for slot, new in slots.items()}
         self._finals.append((names.next, following, tensor))
         for entry in names.state:
             self._finals.append((entry["next"], slots[entry["slot"]], self._slots[leaf][entry["slot"]]))
+
+    def _finish_scale(self) -> gs.Tensor | None:
+        """What waited for all gradients: updates, carried values, the next scale; whether all are finite."""
+        if self.scale is None or self.good is None:
+            return None
+        op = self.op
+        with op.place("loss_scale", vertex="loss_scale", level=0, role="optimizer"):
+            finite = scaling.all_finite(op, [gradient for _, gradient, _ in self._gradients])
+            held = [(name, op.Where(finite, tensor, like), like) for name, tensor, like in self._moved]
+            following = scaling.following_scale(op, self.scale, self.good, finite)
+        self._finals += held
+        for leaf, gradient, level in self._gradients:
+            if self.leaves[leaf].next is not None:
+                self._update(leaf, gradient, level, finite)
+        for entry, tensor, like in zip(self.carried[-2:], following, (self.scale, self.good), strict=True):
+            self._finals.append((entry["next"], tensor, like))
+        return finite
 
     def output(self, name: str, tensor: gs.Tensor) -> None:
         """One more output, under a claimed name; it comes after all others."""
@@ -261,9 +316,12 @@ class TrainingGraph:
             for other in others:
                 total = op.Add(total, op.cast(other, op.dtype(total)))
         finals = [(self.loss, total)]
+        finite = self._finish_scale()
         if self.step is not None and self.step_next is not None:
             with op.place("step", vertex="step", level=0, role="optimizer"):
                 finals_step = op.Add(self.step, op.constant(np.asarray(1, np.int64)))
+                if finite is not None and self.optimizer is not None and self.optimizer.counts:
+                    finals_step = op.Where(finite, finals_step, self.step)
         outputs = list(self.graph.outputs)
         extra = [self._tensors[t] for t in self.clamped if t not in {o.name for o in outputs}]
         # A terminal identity on a leaf is not an output anyone asked for.

@@ -15,6 +15,7 @@ from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, placement, prepare
 from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
+from zilc.passes.mixed_precision import MixedPrecision, mixed_precision
 from zilc.passes.prepare import Prepared
 from zilc.passes.straight import pass_through
 from zilc.passes.train_mode import TrainMode, train_mode
@@ -39,6 +40,7 @@ class Structure:
         longest: levels of the longest path, which fix the order of sums.
         mode: what the training mode turned; None in inference form.
         straight: vertices of QuantizeLinear through which the gradient passes.
+        mixed: what computes in a narrower type than float32; None where the model's own types stand.
     """
 
     prepared: Prepared
@@ -50,6 +52,7 @@ class Structure:
     longest: Levels
     mode: TrainMode | None = None
     straight: list[str] = field(default_factory=list)
+    mixed: MixedPrecision | None = None
 
     @property
     def where(self) -> str:
@@ -66,8 +69,9 @@ def structure(
     mode: str = "eval",
     base_dir: str | os.PathLike[str] | None = None,
     straight_through: bool = False,
+    precision: str = "float32",
 ) -> Structure:
-    """Load, prepare, turn to training form if asked, choose outputs, find levels."""
+    """Load, prepare, turn to training form and to mixed precision if asked, choose outputs, find levels."""
     source = onnx_io.load(model, base_dir=base_dir)
     ties = list(tie.items()) if isinstance(tie, Mapping) else list(tie)
     prepared = prepare.prepare(source, opset=opset, dims=dims, ties=ties, keep=name_list(output))
@@ -77,12 +81,17 @@ def structure(
     turned: TrainMode | None = None
     if mode == "train":
         prepared.graph, turned = train_mode(prepared.graph)
+    mixed: MixedPrecision | None = None
+    if precision != "float32":
+        prepared.graph, mixed = mixed_precision(
+            prepared.graph, precision, keep=name_list(output), where=source.name
+        )
     outputs = prepare.choose_outputs(prepared.graph, name_list(output), source.name)
     graph, clamped = prepare.append_terminals(prepared.graph, outputs)
     contracts.require(contracts.acyclic(graph), "acyclic")
     flow = flow_of(graph, clamped)
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned, straight)
+    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned, straight, mixed)
 
 
 def placed(found: Structure, where: str) -> Structure:

@@ -177,6 +177,7 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @shared.selection
 @shared.rules
 @shared.training
+@shared.precision
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
 @shared.full
@@ -207,7 +208,7 @@ def emit_training(
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
         options = {**shared.selection_of(given), **shared.training_of(given)}
-        step = pipeline.emit_training(model, trace=list(full) or trace, **options)
+        step = pipeline.emit_training(model, trace=list(full) or trace, precision=given["precision"], **options)
         save_step(step, graph_path, beside)
     from zilc import show
 
@@ -401,6 +402,7 @@ def trace(
 @shared.selection
 @shared.rules
 @shared.training
+@shared.precision
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")

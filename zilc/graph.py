@@ -24,6 +24,8 @@ FROZEN = "zilc_frozen"
 #: Attribute of a BatchNormalization in training form: names of x - mean and of 1/sqrt(variance + epsilon), which
 #: frozen nodes make.
 STATISTICS = "zilc_statistics"
+#: Attribute of a Cast that mixed precision put in.
+PRECISION = "zilc_precision"
 #: Metadata of a node that is something else in inference form: see :func:`zilc.session.inference_form`.
 INFERENCE = "zilc.inference"
 
@@ -262,7 +264,7 @@ def copy_node(
     )
     made.metadata = dict(getattr(node, "metadata", {}))
     made.doc_string = getattr(node, "doc_string", "")
-    for mark in (INSERTED, FROZEN, STATISTICS):
+    for mark in (INSERTED, FROZEN, STATISTICS, PRECISION):
         if hasattr(node, mark):
             setattr(made, mark, getattr(node, mark))
     return made

@@ -126,6 +126,12 @@ training = _apply(
     ]
 )  # fmt: skip
 
+precision = click.option(
+    "--precision", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="Compute costly operators of a float32 model in a narrower type; weights, gradients and the optimizer stay "
+         "float32. float16 scales the loss.",
+)  # fmt: skip
+
 #: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
 tracing = _apply(
     [

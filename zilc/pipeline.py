@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import zilc.vjp  # noqa: F401  (fills the table)
-from zilc import collector, onnx_io, optimizers
+from zilc import collector, onnx_io, optimizers, scaling
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
@@ -27,6 +27,7 @@ from zilc.passes.identities import Placement, flow_of, levelled_flow
 from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
+from zilc.passes.mixed_precision import LOW
 from zilc.passes.parameters import Selection
 from zilc.passes.prepare import Prepared
 from zilc.passes.reverse import reverse_mode
@@ -47,6 +48,7 @@ from zilc.report import level_report
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
 Mode = Literal["eval", "train"]
+Precision = Literal["float32", "float16", "bfloat16"]
 PLACEMENTS: tuple[Placement, ...] = ("edge", "shared", "min", "min-bytes")
 #: Inference learning by default: the paper's T for its MLP, and a small integration step.
 IL_STEPS, IL_GAMMA = 20, 0.1
@@ -216,6 +218,7 @@ def emit_training(
     mode: Mode = "eval",
     trace: bool | Sequence[str] = False,
     straight_through: bool = False,
+    precision: Precision = "float32",
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -256,6 +259,10 @@ def emit_training(
             signature's ``trace`` names the outputs.
         straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
             were rounded; wavefront and bp only.
+        precision: ``float32`` computes in the model's own types.  ``float16`` and ``bfloat16`` compute the costly
+            operators of a float32 model in that type (:mod:`zilc.passes.mixed_precision`); interface, parameters,
+            gradients and optimizer stay float32.  ``float16`` scales the loss (:mod:`zilc.scaling`; wavefront and bp
+            only): the scale and a count are ``carried``, and an update with a gradient that is not finite is skipped.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -274,10 +281,17 @@ def emit_training(
         raise OptionError(
             "the wavefront and reverse mode have no steps to trace", where="--trace", hint="Add --schedule literal."
         )
+    _one_of("--precision", precision, ("float32", *LOW))
+    if precision == "float16" and plan.literal is not None:
+        raise OptionError(
+            "float16 wants errors multiplied by a loss scale, and by errors the literal schedule moves its value nodes",
+            where="--precision",
+            hint="Use the wavefront, or bfloat16.",
+        )
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(
         model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir,
-        straight_through=straight_through,
+        straight_through=straight_through, precision=precision,
     )  # fmt: skip
     found = placed(found, plan.identities)
     losses = settle_losses(found, loss)
@@ -303,6 +317,8 @@ def emit_training(
         optimizer=chosen_optimizer,
         linear=plan.literal is None,
         mode=found.mode,
+        mixed=found.mixed is not None,
+        scaled=precision == "float16",
     )
     for node in graph.nodes:
         if getattr(node, FROZEN, False):
@@ -328,6 +344,8 @@ def emit_training(
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
     report = level_report(found, chosen, plan.identities)
+    if found.mixed is not None:
+        report["mixed_precision"] = found.mixed.data()
     report["trained"] = [
         {"name": n, "shape": [int(d) for d in found.flow.tensors[n].shape], "level": found.levels.leaves[n],
          "update_step": found.levels.leaves[n] - 1}
@@ -503,6 +521,8 @@ def _state(
         loaders[name] = _loader(found.flow.tensors[name]._values)
     if (optimizer and optimizer.counts) or (found.mode and found.mode.step):
         loaders["\0step"] = lambda: np.asarray(0, np.int64)
+    loaders["\0scale"] = lambda: np.asarray(scaling.INITIAL, np.float32)
+    loaders["\0good"] = lambda: np.asarray(0, np.int64)
     return loaders
 
 
@@ -523,6 +543,10 @@ def _statename_list(training: TrainingGraph, chosen: Selection) -> dict[str, str
         for entry in leaf.state:
             names[f"{name}\0{entry['slot']}"] = entry["name"]
     names.update((entry["name"], entry["name"]) for entry in training.carried)
+    for key, tensor in (("\0scale", training.scale), ("\0good", training.good)):
+        if tensor is not None:
+            del names[tensor.name]
+            names[key] = tensor.name
     if training.step is not None:
         names["\0step"] = training.step.name
     return names
@@ -560,7 +584,18 @@ def _signature(
         ],
         "carried": training.carried,
         **({"straight_through": True} if found.straight else {}),
+        **({"precision": found.mixed.dtype} if found.mixed is not None else {}),
+        **({"loss_scale": _loss_scale(training)} if training.scale is not None else {}),
     }
+
+
+def _loss_scale(training: TrainingGraph) -> dict[str, Any]:
+    assert training.scale is not None
+    assert training.good is not None
+    return {
+        "scale": training.scale.name, "good_steps": training.good.name, "initial": scaling.INITIAL,
+        "growth": scaling.GROWTH, "backoff": scaling.BACKOFF, "interval": scaling.INTERVAL,
+    }  # fmt: skip
 
 
 def _finish(graph: gs.Graph, prepared: Prepared) -> onnx.ModelProto:

@@ -11,8 +11,10 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.analysis import Structure, placed
+from zilc.graph import PRECISION
 from zilc.passes import identities
 from zilc.passes.identities import Placement
+from zilc.passes.mixed_precision import MixedPrecision
 from zilc.passes.parameters import Selection
 from zilc.passes.train_mode import TrainMode
 
@@ -86,10 +88,11 @@ def notes(found: Structure, chosen: Selection | None) -> list[str]:
     """What the user should know about the file: ties, merges, operators in inference form."""
     lines = list(found.prepared.notes)
     lines += _inference_form(found) if found.mode is None else _training_form(found.mode)
+    if found.mixed is not None:
+        lines += _mixed_precision(found.mixed)
     if chosen:
-        merged = [n for n in chosen.parameters if len(found.flow.readers.get(n, ())) > 1]
-        for name in merged[:8]:
-            count = len(found.flow.readers[name])
+        merged = {n: count for n in chosen.parameters if (count := _reads(found, n)) > 1}
+        for name, count in list(merged.items())[:8]:
             lines.append(
                 f"parameter '{name}' is read {count} times: shared by the model, "
                 "or equal constants that the exporter merged"
@@ -100,6 +103,15 @@ def notes(found: Structure, chosen: Selection | None) -> list[str]:
     for b, (a, transposed) in found.prepared.ties.items():
         lines.append(f"'{b}' is tied to '{a}'{' (transposed)' if transposed else ''}")
     return lines
+
+
+def _reads(found: Structure, name: str) -> int:
+    """How often the model reads a leaf: a cast that mixed precision put in stands for its own readers."""
+    count = 0
+    for edge in found.flow.readers.get(name, ()):
+        node = found.flow.vertices[edge.consumer]
+        count += len(found.flow.readers.get(node.outputs[0].name, ())) if getattr(node, PRECISION, False) else 1
+    return count
 
 
 def _inference_form(found: Structure) -> list[str]:
@@ -162,6 +174,18 @@ def _training_form(mode: TrainMode) -> list[str]:
             "--mode train has nothing to turn: the file holds no BatchNormalization, and no Dropout that drops "
             "anything; exporters fold the one into Conv and leave the other out when they export in inference mode"
         )
+    return lines
+
+
+def _mixed_precision(mixed: MixedPrecision) -> list[str]:
+    """How much computes in the low type, and what cannot."""
+    single = sum(mixed.single.values())
+    lines = [
+        f"{len(mixed.vertices)} vertices compute in {mixed.dtype}, {single} in float32; {mixed.casts} casts lie between"
+    ]
+    for op, opset in sorted(mixed.refused.items()):
+        remedy = f"--opset {opset} has one" if opset else "no opset has one"
+        lines.append(f"{op} has no {mixed.dtype} form at this opset and stays in float32: {remedy}")
     return lines
 
 

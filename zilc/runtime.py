@@ -455,7 +455,8 @@ class Trainer:
                 hint="Pass it: trainer.export(path, model='MODEL.onnx').",
             )
         now = self._sides[self._side]
-        names = [entry["name"] for entry in (*self.signature["parameters"], *self.signature["carried"])]
+        own = signatures.of_the_model(self.signature)
+        names = [entry["name"] for entry in (*self.signature["parameters"], *own)]
         export_trained(source, {name: now[name].read() for name in names}, tied, path)
 
 

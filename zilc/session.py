@@ -119,11 +119,20 @@ def _open(model: onnx.ModelProto, options: Any, providers: Providers, where: str
         # Without the fallback of onnxruntime's Python layer, which prints and runs on something else.
         return ort.InferenceSession(onnx_io.serialize(model), options, providers=providers, enable_fallback=0)
     except Exception as error:
+        hint = "Check the providers, or upgrade onnxruntime."
+        if "NOT_IMPLEMENTED" in str(error) and _computes_in_bfloat16(model):
+            hint = "It has few bfloat16 kernels on a CPU. Use float16 or float32, or another runtime."
         raise ModelError(
-            f"onnxruntime {ort.__version__} refuses the training graph ({_first_line(error)})",
-            where=where,
-            hint="Check the providers, or upgrade onnxruntime.",
+            f"onnxruntime {ort.__version__} refuses the training graph ({_first_line(error)})", where=where, hint=hint
         ) from error
+
+
+def _computes_in_bfloat16(model: onnx.ModelProto) -> bool:
+    """Whether a graph holds bfloat16 tensors, as far as its inferred types and initializers say."""
+    graph = model.graph
+    infos = (*graph.input, *graph.output, *graph.value_info)
+    kinds = {i.type.tensor_type.elem_type for i in infos} | {t.data_type for t in graph.initializer}
+    return onnx.TensorProto.BFLOAT16 in kinds
 
 
 class Buffer:

@@ -219,6 +219,7 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
         "algorithm": signature["algorithm"],
         "schedule": signature["schedule"],
         "mode": signature["mode"],
+        **({"precision": signature["precision"]} if "precision" in signature else {}),
         "identities": signature["identities"],
         "K": signature["levels"],
         "loss": ", ".join(f"{kind} of {name}" for name, kind in report["losses"].items()),

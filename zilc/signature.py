@@ -51,6 +51,12 @@ def read(model: onnx.ModelProto, where: str = "model") -> dict[str, Any]:
     )
 
 
+def of_the_model(signature: dict[str, Any]) -> list[dict[str, str]]:
+    """The entries of ``carried`` that the model itself holds: its running statistics, not the loss scale."""
+    scale = signature.get("loss_scale") or {}
+    return [c for c in signature["carried"] if c["name"] not in (scale.get("scale"), scale.get("good_steps"))]
+
+
 def carried_pairs(signature: dict[str, Any]) -> list[tuple[str, str]]:
     """Every (name, next) that a step feeds back: parameters, slots, step and the rest."""
     pairs = [(p["name"], p["next"]) for p in signature["parameters"] if p["next"]]

@@ -75,7 +75,8 @@ def train(
         options: of :func:`zilc.emit_training`.
 
     Raises:
-        DataError: data that do not fit; a loss or weight that is not finite (nothing is written then).
+        DataError: data that do not fit; a loss or weight that is not finite, or gradients that never were, so that
+            every update was skipped (nothing is written then).
         FileError: a file that cannot be read or written.
         ZilcError: see :func:`zilc.emit_training`.
     """
@@ -97,6 +98,7 @@ def train(
         class_axis=options.get("class_axis"), on_batch=on_batch, on_epoch=on_epoch,
     )  # fmt: skip
     _check_finite(trainer)
+    _check_moved(trainer, step)
     trainer.export(out)
     return Trained(Path(out), history, line, trainer.providers, notes, step)
 
@@ -157,3 +159,17 @@ def _check_finite(trainer: Trainer) -> None:
                 f"'{entry['name']}' is not finite after the last update",
                 hint=f"Try a learning rate below {trainer.lr:g}.",
             )
+
+
+def _check_moved(trainer: Trainer, step: TrainingStep) -> None:
+    """Where loss scaling skips updates, some update was none that it skipped."""
+    scale = trainer.signature.get("loss_scale")
+    state = trainer.state
+    if scale is None or state[scale["good_steps"]]:
+        return
+    names = [p["name"] for p in trainer.signature["parameters"]]
+    if all(np.array_equal(state[name], step.state[name]) for name in names):
+        raise DataError(
+            f"every update was skipped: gradients were not finite, down to a loss scale of {state[scale['scale']]:g}",
+            hint="Use --precision bfloat16 or float32, and look for values in the data that are not finite.",
+        )
