@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper scale figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper lowerings scale figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -28,6 +28,10 @@ bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+# What each lowering of a gradient costs, fitted to measurements: zilc/lowerings.json and docs/LOWERINGS.md.
+lowerings: .venv/test.stamp
+	.venv/bin/python tools/fit_lowerings.py --write
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write

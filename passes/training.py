@@ -18,6 +18,7 @@ from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
 from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow
 from zilc.losses import LOSSES, Emitted
+from zilc.lowerings import Lowerings
 from zilc.optimizers import Optimizer
 from zilc.passes.dynamics import Error, Pull, Sum, Term
 from zilc.passes.levels import Levels
@@ -65,6 +66,7 @@ class TrainingGraph:
             step inputs of the interface.
         mixed: some of the forward graph computes in a narrower type than its parameters.
         scaled: the errors of the clamped outputs are multiplied by a scale, which is carried (:mod:`zilc.scaling`).
+        lowerings: chooses where a rule can be emitted in several ways.
 
     Where nothing but updates p - lr g is asked for, the learning rate scales the errors of the clamped outputs, once,
     instead of every gradient: each VJP is linear in its cotangent, so errors and gradients carry it along.  Not where
@@ -87,9 +89,10 @@ class TrainingGraph:
         mode: TrainMode | None = None,
         mixed: bool = False,
         scaled: bool = False,
+        lowerings: Lowerings | None = None,
     ) -> None:
         self.graph = graph
-        self.op = Emitter(graph)
+        self.op = Emitter(graph, lowerings=lowerings)
         self.outputs = outputs
         self.optimizer = optimizer if outputs != "grad" and parameters else None
         self.clamped: dict[str, gs.Tensor] = {}

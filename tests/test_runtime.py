@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import zilc
-from zilc import checkpoint, models, onnx_io, providers, runtime
+from zilc import checkpoint, data, models, onnx_io, providers, runtime
 from zilc.errors import DataError, ModelError, OptionError, RuntimeMissing
 from zilc.runtime import Trainer
 from zilc.session import TrainingSession, make_session
@@ -365,6 +366,37 @@ def test_fit_counts_and_averages() -> None:
         held_out = twin.evaluate(_data(10, seed=1))
         assert entry["val_loss"] == pytest.approx(held_out.loss, rel=1e-6)
         assert entry["val_accuracy"] == np.mean(held_out.predictions["logits"].argmax(1) == _data(10, seed=1)["target"])
+
+
+def test_batches_cut_ahead_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = _trainer(loss="cross-entropy"), _trainer(loss="cross-entropy")
+    plain = first.fit(_data(), epochs=2, batch_size=8, seed=3)
+    threads: set[str] = set()
+
+    def noting(self: Any, *args: Any) -> Any:
+        for batch in cut(self, *args):
+            threads.add(threading.current_thread().name)
+            yield batch
+
+    cut = data.Examples.batches
+    monkeypatch.setattr(data.Examples, "batches", noting)
+    monkeypatch.setattr(runtime, "PREFETCHED", 0)
+    ahead = second.fit(_data(), epochs=2, batch_size=8, seed=3)
+    assert [{**e, "seconds": 0} for e in ahead] == [{**e, "seconds": 0} for e in plain]
+    for name, array in first.state.items():
+        np.testing.assert_array_equal(second.state[name], array)
+    assert threads and all(name.startswith("zilc-batches") for name in threads)
+
+
+def test_an_error_in_a_batch_cut_ahead_is_raised() -> None:
+    def failing() -> Any:
+        yield 1
+        raise ValueError("no more")
+
+    batches = data.prefetched(failing())
+    assert next(batches) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(batches)
 
 
 def test_fit_gives_energy_per_example_and_learns() -> None:

@@ -178,6 +178,7 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @shared.rules
 @shared.training
 @shared.precision
+@shared.tune
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
 @shared.full
@@ -208,7 +209,8 @@ def emit_training(
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
         options = {**shared.selection_of(given), **shared.training_of(given)}
-        step = pipeline.emit_training(model, trace=list(full) or trace, precision=given["precision"], **options)
+        own = {key: given[key] for key in ("precision", "tune")}
+        step = pipeline.emit_training(model, trace=list(full) or trace, **own, **options)
         save_step(step, graph_path, beside)
     from zilc import show
 
@@ -403,6 +405,7 @@ def trace(
 @shared.rules
 @shared.training
 @shared.precision
+@shared.tune
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")

@@ -9,9 +9,10 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ import onnx
 from zilc import onnx_io
 from zilc.errors import DataError, FileError, ModelError, OptionError
 
+T = TypeVar("T")
 Dim = int | str | None
 DataSource = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -234,9 +236,31 @@ class Examples:
             pick: Any = slice(start, stop) if order is None else order[start:stop]
             yield stop - start, {**{n: a[pick] for n, a in self.sliced.items()}, **self.constant}
 
+    def batch_bytes(self, size: int) -> int:
+        """Bytes that are copied to cut a batch."""
+        return sum(a[:1].nbytes for a in self.sliced.values()) * size
+
     def batch_count(self, size: int) -> int:
         """How many batches :meth:`batches` gives."""
         return self.count // size if self.fixed is not None else math.ceil(self.count / size)
+
+
+#: Batches of at least this many bytes are cut while the one before is in use; for less a thread costs more than it saves.
+PREFETCHED = 1 << 20
+
+
+def prefetched(batches: Iterable[T]) -> Iterator[T]:
+    """The same, each cut by another thread while the one before is in use: onnxruntime computes without Python's lock.
+
+    Where the caller stops early, one batch was cut for nothing.
+    """
+    source = iter(batches)
+    done = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="zilc-batches") as pool:
+        coming = pool.submit(next, source, done)
+        while (batch := coming.result()) is not done:
+            coming = pool.submit(next, source, done)
+            yield batch  # type: ignore[misc]
 
 
 def fixed_batch(expected: Mapping[str, Spec]) -> int | None:

@@ -30,10 +30,10 @@ from zilc.errors import FileError, OptionError
 if TYPE_CHECKING:
     from zilc.emit import Emitter
 
+#: Where a training graph's metadata say which lowerings were taken.
+KEY = "zilc.lowerings"
 #: Examples in a batch whose size is open when the choice is made.
 BATCH = 16
-#: Targets whose costs are known: what the provider of the training run is.
-TARGETS = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class Lowerings:
         if any(name not in known for name in candidates):
             return next(iter(candidates)), "default"
         return min(candidates, key=lambda name: predicted(known[name], candidates[name].work)), "fitted"
+
+    def data(self) -> dict[str, Any]:
+        """What was taken, and how it was found, as data."""
+        how = "measured" if self.tuner is not None else "fitted"
+        return {"target": self.target, "costs": how, "taken": self.summary()}
 
     def summary(self) -> dict[str, dict[str, int]]:
         """How often each lowering was taken, by kind."""

@@ -132,6 +132,11 @@ precision = click.option(
          "float32. float16 scales the loss.",
 )  # fmt: skip
 
+tune = click.option(
+    "--tune", is_flag=True,
+    help="Measure on this machine how gradients are best computed, and remember it for the next time.",
+)
+
 #: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
 tracing = _apply(
     [

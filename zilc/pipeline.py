@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
 from zilc.graph import FROZEN, INSERTED, Dataflow
 from zilc.losses import LOSSES
+from zilc.lowerings import KEY as LOWERINGS
+from zilc.lowerings import Lowerings, tuner_of
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
@@ -219,6 +222,7 @@ def emit_training(
     trace: bool | Sequence[str] = False,
     straight_through: bool = False,
     precision: Precision = "float32",
+    tune: bool | str | os.PathLike[str] = False,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -263,6 +267,9 @@ def emit_training(
             operators of a float32 model in that type (:mod:`zilc.passes.mixed_precision`); interface, parameters,
             gradients and optimizer stay float32.  ``float16`` scales the loss (:mod:`zilc.scaling`; wavefront and bp
             only): the scale and a count are ``carried``, and an update with a gradient that is not finite is skipped.
+        tune: where a gradient can be emitted in several ways, measure them on this machine, in onnxruntime's CPU
+            provider, instead of trusting the costs that zilc brings along; what was measured is remembered in the
+            user's folder for zilc, or in the file named here (:mod:`zilc.lowerings`).
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -319,6 +326,7 @@ def emit_training(
         mode=found.mode,
         mixed=found.mixed is not None,
         scaled=precision == "float16",
+        lowerings=Lowerings(tuner=tuner_of(tune)),
     )
     for node in graph.nodes:
         if getattr(node, FROZEN, False):
@@ -340,7 +348,10 @@ def emit_training(
     if traced is not None:
         made["trace"] = traced
     renamed = {training_name: name for name, training_name in _statename_list(training, chosen).items()}
+    lowerings = training.op.lowerings
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
+    if lowerings.summary():
+        graph.metadata[LOWERINGS] = json.dumps(lowerings.data(), sort_keys=True)
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
     report = level_report(found, chosen, plan.identities)
@@ -351,6 +362,7 @@ def emit_training(
          "update_step": found.levels.leaves[n] - 1}
         for n in chosen.parameters
     ]  # fmt: skip
+    report["lowerings"] = lowerings.data()
     report["losses"] = losses
     report["straight_through"] = found.straight
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None

@@ -20,7 +20,20 @@ import onnx
 
 from zilc import checkpoint, onnx_io
 from zilc import signature as signatures
-from zilc.data import DataSource, Examples, Spec, check_names, check_shape, convert, examples, fed, shown, specs
+from zilc.data import (
+    PREFETCHED,
+    DataSource,
+    Examples,
+    Spec,
+    check_names,
+    check_shape,
+    convert,
+    examples,
+    fed,
+    prefetched,
+    shown,
+    specs,
+)
 from zilc.errors import DataError, OptionError
 from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource
@@ -402,7 +415,10 @@ class Trainer:
             begun = time.perf_counter()
             order = np.random.default_rng([seed, epoch]).permutation(train.count) if shuffle else None
             meter = Meter(self.signature)
-            for batch, (count, feeds) in enumerate(train.batches(batch_size, order), 1):
+            cut = train.batches(batch_size, order)
+            if train.batch_bytes(batch_size) >= PREFETCHED:
+                cut = prefetched(cut)
+            for batch, (count, feeds) in enumerate(cut, 1):
                 loss = self.step(feeds)
                 if not math.isfinite(loss):
                     raise _diverged(f"epoch {epoch}, batch {batch}", loss, self.lr)

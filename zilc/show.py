@@ -210,6 +210,10 @@ def _value_info(info: Any) -> dict[str, Any]:
     return {"name": info.name, "dtype": TensorProto.DataType.Name(kind.elem_type).lower(), "shape": dims}
 
 
+def _counts(row: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} by {name}" for name, count in row.items())
+
+
 def training(page: Page, data: Mapping[str, Any]) -> None:
     """What ``zilc emit-training`` prints."""
     report, signature, graph = data["report"], data["signature"], data["graph"]
@@ -224,6 +228,10 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
         "K": signature["levels"],
         "loss": ", ".join(f"{kind} of {name}" for name, kind in report["losses"].items()),
     }
+    taken = report["lowerings"]["taken"]
+    if taken:
+        kinds = ("; ".join(f"{kind} {_counts(row)}" for kind, row in taken.items()))
+        facts["lowerings"] = f"{kinds} ({report['lowerings']['costs']} costs)"
     if optimizer and signature["lr"]:
         options = ", ".join(f"{k}={_option(v)}" for k, v in optimizer.items() if k != "name")
         facts["optimizer"] = f"{optimizer['name']} ({options})"

@@ -6,18 +6,16 @@ where the user's own graph scatters: runtimes may run it in parallel without ato
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
+from zilc.lowerings import Lowering, assumed
 from zilc.vjp.shape import known, rank_of, reshape_like
 from zilc.vjp.table import defvjp
-
-#: Up to this many rows a product with a one-hot matrix is faster than scattering element by element: a scatter takes
-#: about 5 ns an element, the product 2 * rows flops.
-ONE_HOT_ROWS = 128
 
 
 def _int64(*values: int) -> np.ndarray:
@@ -68,12 +66,31 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
     if index_rank != 1:
         index = op.Reshape(index, [-1])
     rows = dims[axis] if dims is not None else None
-    if axis == 0 and rank > 1 and known(rows) and int(rows) <= ONE_HOT_ROWS:  # type: ignore[arg-type]
-        hot = op.cast(op.OneHot(index, np.asarray(int(rows)), np.asarray([0, 1], np.float32), axis=0), op.dtype(g))  # type: ignore[arg-type]
-        flat = g if rank == 2 else op.Flatten(g, axis=1)
-        made = op.MatMul(hot, flat)
-        return made if rank == 2 else reshape_like(op, made, x)
-    return scatter_add(op, g, index, axis, rank, op.dim_of(x, axis), shape=op.shape_of(x))
+    if axis != 0 or rank == 1 or not known(rows):
+        return scatter_add(op, g, index, axis, rank, op.dim_of(x, axis), shape=op.shape_of(x))
+    sizes = assumed(op, g)
+    work: dict[str, float] = {}
+    if sizes is not None and math.prod(sizes[1:]):
+        read, width = sizes[0], math.prod(sizes[1:])
+        table = int(rows) * width  # type: ignore[arg-type]
+        work = {"updates": read * width, "table": table, "multiply-adds": read * table, "hot": read * int(rows)}  # type: ignore[arg-type]
+    candidates = {"scatter": Lowering(_gather_by_scatter, work), "one-hot": Lowering(_gather_by_one_hot, work)}
+    if not work:
+        candidates = {"scatter": candidates["scatter"]}
+    return op.lowerings.emit(op, "Gather.data", "", [g, index, x], candidates)
+
+
+def _gather_by_scatter(op: Emitter, g: gs.Tensor, index: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    """Add row by row."""
+    return scatter_add(op, g, index, 0, rank_of(op, x), op.dim_of(x, 0), shape=op.shape_of(x))
+
+
+def _gather_by_one_hot(op: Emitter, g: gs.Tensor, index: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    """A product with the one-hot matrix of the index."""
+    rows, rank = int(op.dims(x)[0]), rank_of(op, x)  # type: ignore[index, arg-type]
+    hot = op.cast(op.OneHot(index, np.asarray(rows), np.asarray([0, 1], np.float32), axis=0), op.dtype(g))
+    made = op.MatMul(hot, g if rank == 2 else op.Flatten(g, axis=1))
+    return made if rank == 2 else reshape_like(op, made, x)
 
 
 def _run_of(op: Emitter, index: gs.Tensor) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ Conv's image cotangent with a kernel of ones.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import ModelError
+from zilc.lowerings import Lowering, assumed
 from zilc.vjp.conv import (
     Window,
     _conv_window,
@@ -138,7 +140,25 @@ def _max_pool(op: Emitter, g: gs.Tensor, outputs: tuple[Any, ...], x: gs.Tensor,
     if plain and op.dtype(x) == np.float64:
         # The reference evaluator, where float64 graphs run, gives wrong indices here.
         return max_by_taps(op, g, y, x, window)
-    return max_by_indices(op, g, indices, x, window, attrs["storage_order"] or 0)
+    columns = attrs["storage_order"] or 0
+
+    def by_indices(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, indices: gs.Tensor) -> gs.Tensor:
+        return max_by_indices(op, g, indices, x, window, columns)
+
+    def by_taps(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, _indices: gs.Tensor) -> gs.Tensor:
+        return max_by_taps(op, g, y, x, window)
+
+    candidates = {"indices": Lowering(by_indices, {})}
+    sizes, positions = assumed(op, x), assumed(op, y)
+    if sizes is not None and positions is not None and window.kernel is not None and not columns:
+        # Of equal elements the first in memory takes the cotangent either way, unless columns come first.
+        moved = math.prod(positions) * math.prod(window.kernel)
+        candidates = {
+            "indices": Lowering(by_indices, {"image": math.prod(sizes), "map": math.prod(positions)}),
+            "taps": Lowering(by_taps, {"image": math.prod(sizes) * math.prod(window.kernel), "columns": moved}),
+        }
+    site = f"kernel {window.kernel} {window.site}"
+    return op.lowerings.emit(op, "MaxPool.x", site, [g, y, x, indices], candidates)
 
 
 # --- sums of windows --------------------------------------------------------------------------------------------

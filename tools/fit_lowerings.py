@@ -1,0 +1,275 @@
+"""Fit what each lowering of a gradient costs: ``python tools/fit_lowerings.py [--kinds Conv.weight] [--write]``.
+
+Where a VJP can be emitted in several ways, zilc takes the one whose predicted time is the least: a sum of counts of
+work, each times what an item costs.  This tool measures every candidate on layers of well-known networks, in
+onnxruntime's CPU provider, fits the costs by non-negative least squares of relative errors (scipy), and says how much
+the choice loses against the fastest candidate of every site: on the sites themselves, and on sites left out of the fit.
+``--write`` puts the costs into zilc/lowerings.json and the measurements into docs/LOWERINGS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.helper
+import onnx_graphsurgeon as gs
+import onnxruntime
+from rich.console import Console
+from rich.progress import track
+from scipy.optimize import nnls
+
+import zilc.vjp  # noqa: F401  (fills the table)
+from zilc.emit import Emitter
+from zilc.lowerings import Lowering, Lowerings, measure, predicted
+from zilc.machine import processor
+from zilc.vjp import table
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Where the costs lie that zilc reads.
+COSTS = ROOT / "zilc" / "lowerings.json"
+PAGE = ROOT / "docs" / "LOWERINGS.md"
+
+#: (channels, filters, groups, kernel, stride, dilation, size): layers of AlexNet, VGG, ResNet18 and 50, ResNeXt,
+#: MobileNetV2, EfficientNet, ConvNeXt, DeepLab and the MNIST examples; in one dimension, of speech models.
+IMAGES = [
+    (3, 64, 1, 11, 4, 1, 224), (64, 192, 1, 5, 1, 1, 27), (192, 384, 1, 3, 1, 1, 13), (384, 256, 1, 3, 1, 1, 13),
+    (3, 64, 1, 3, 1, 1, 112), (64, 128, 1, 3, 1, 1, 56), (3, 64, 1, 7, 2, 1, 224), (64, 64, 1, 3, 1, 1, 56),
+    (64, 128, 1, 3, 2, 1, 56), (128, 128, 1, 3, 1, 1, 28), (128, 256, 1, 3, 2, 1, 28), (256, 256, 1, 3, 1, 1, 14),
+    (256, 512, 1, 3, 2, 1, 14), (512, 512, 1, 3, 1, 1, 7), (64, 128, 1, 1, 2, 1, 56), (256, 512, 1, 1, 2, 1, 14),
+    (64, 256, 1, 1, 1, 1, 56), (256, 64, 1, 1, 1, 1, 56), (512, 128, 1, 1, 1, 1, 28), (1024, 256, 1, 1, 1, 1, 14),
+    (128, 128, 32, 3, 1, 1, 56), (256, 256, 32, 3, 1, 1, 28), (512, 512, 32, 3, 1, 1, 14),
+    (32, 32, 32, 3, 1, 1, 112), (96, 96, 96, 3, 2, 1, 112), (144, 144, 144, 3, 1, 1, 56), (192, 192, 192, 3, 1, 1, 28),
+    (384, 384, 384, 3, 1, 1, 14), (960, 960, 960, 3, 1, 1, 7), (240, 240, 240, 5, 2, 1, 28),
+    (96, 96, 96, 7, 1, 1, 56), (192, 192, 192, 7, 1, 1, 28), (384, 384, 384, 7, 1, 1, 14),
+    (128, 128, 1, 3, 1, 2, 28), (256, 256, 1, 3, 1, 4, 14), (1, 32, 1, 3, 1, 1, 28), (32, 64, 1, 3, 1, 1, 26),
+    (1, 6, 1, 5, 1, 1, 28), (6, 16, 1, 5, 1, 1, 14), (16, 16, 1, 3, 1, 1, 32), (32, 32, 1, 3, 1, 1, 16),
+    (64, 64, 1, 3, 1, 1, 8),
+]  # fmt: skip
+SOUNDS = [
+    (1, 64, 1, 10, 5, 1, 8000), (64, 64, 1, 3, 2, 1, 1599), (80, 128, 1, 3, 1, 1, 300), (128, 128, 1, 3, 2, 1, 300),
+    (128, 128, 128, 15, 1, 1, 300), (64, 64, 1, 3, 1, 4, 512),
+]  # fmt: skip
+#: (channels, kernel, stride, pad, size)
+POOLS = [
+    (64, 3, 2, 1, 112), (64, 3, 2, 0, 55), (192, 3, 2, 0, 27), (256, 3, 2, 0, 13), (64, 2, 2, 0, 112),
+    (128, 2, 2, 0, 56), (512, 2, 2, 0, 14), (32, 2, 2, 0, 28), (256, 3, 1, 1, 14), (16, 5, 1, 2, 20),
+]  # fmt: skip
+#: (rows, width, indices)
+TABLES = [
+    (16, 64, 256), (32, 128, 512), (64, 64, 256), (64, 256, 128), (128, 128, 512), (128, 512, 256), (256, 64, 512),
+    (256, 256, 256), (512, 128, 256), (512, 768, 128), (1024, 64, 256), (2048, 256, 256), (10000, 512, 160),
+]  # fmt: skip
+#: Shapes of batch-normalized maps, without the batch.
+MAPS = [(64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7), (2048, 7, 7), (32, 28, 28), (16, 300)]
+BATCHES = (4, 20)
+
+
+class Recorder(Lowerings):
+    """Keeps what it is offered, and takes the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offered: list[tuple[Emitter, str, list[gs.Tensor], Mapping[str, Lowering]]] = []
+
+    def choose(self, op: Emitter, kind: str, site: str, operands: Any, candidates: Any) -> tuple[str, str]:
+        self.offered.append((op, kind, list(operands), candidates))
+        return next(iter(candidates)), "only"
+
+
+def node(op: str, shapes: list[tuple[int, ...]], out: tuple[int, ...], **attrs: Any) -> gs.Node:
+    inputs = [gs.Variable(f"x{k}", np.dtype(np.float32), list(shape)) for k, shape in enumerate(shapes)]
+    return gs.Node(op, "node", attrs, inputs, [gs.Variable("y", np.dtype(np.float32), list(out))])
+
+
+def convolutions() -> Iterator[tuple[str, gs.Node, int]]:
+    """Each layer twice, for its weight's gradient and for its image's."""
+    for batch in BATCHES:
+        for rank, layers in ((2, IMAGES), (1, SOUNDS)):
+            for c, m, group, k, s, d, size in layers:
+                pad = d * (k - 1) // 2
+                out = (size + 2 * pad - d * (k - 1) - 1) // s + 1
+                shapes = [(batch, c, *[size] * rank), (m, c // group, *[k] * rank)]
+                attrs: dict[str, Any] = {"strides": [s] * rank, "dilations": [d] * rank, "group": group}
+                made = node("Conv", shapes, (batch, m, *[out] * rank), pads=[pad] * 2 * rank, **attrs)
+                said = f"{batch}×{c}→{m}" + (f"/{group}" if group > 1 else "") + f", {k}" + (f"/{s}" if s > 1 else "")
+                said += (f" dil. {d}" if d > 1 else "") + f", {'×'.join([str(size)] * rank)}"
+                yield said, made, 1
+                yield said, made, 0
+
+
+def others() -> Iterator[tuple[str, gs.Node, int]]:
+    for batch in BATCHES:
+        for c, k, s, pad, size in POOLS:
+            out = (size + 2 * pad - k) // s + 1
+            made = node("MaxPool", [(batch, c, size, size)], (batch, c, out, out),
+                        kernel_shape=[k, k], strides=[s, s], pads=[pad] * 4)  # fmt: skip
+            made.outputs.append(gs.Variable("indices", np.dtype(np.int64), [batch, c, out, out]))
+            yield f"{batch}×{c}, {k}/{s}, {size}×{size}", made, 0
+        for shape in MAPS:
+            whole = (batch, *shape)
+            made = node("BatchNormalization", [whole, *[(shape[0],)] * 4], whole, epsilon=1e-5, training_mode=0)
+            yield "×".join(map(str, whole)), made, 1
+    for rows, width, count in TABLES:
+        made = node("Gather", [(rows, width), (count,)], (count, width), axis=0)
+        made.inputs[1].dtype = np.dtype(np.int64)
+        yield f"{rows}×{width}, {count} read", made, 0
+
+
+def offers(kinds: list[str]) -> Iterator[tuple[str, str, Emitter, list[gs.Tensor], Mapping[str, Lowering]]]:
+    """Site, kind, and what there is to choose among."""
+    for said, made, operand in (*convolutions(), *others()):
+        graph = gs.Graph(nodes=[made], inputs=list(made.inputs), opset=18)
+        graph.import_domains = [onnx.helper.make_opsetid("", 18)]
+        recorder = Recorder()
+        op = Emitter(graph, lowerings=recorder)
+        g = gs.Variable("g", np.dtype(np.float32), list(made.outputs[0].shape))
+        table.vjp(op, made, operand, [g, *[None] * (len(made.outputs) - 1)])
+        for emitter, kind, operands, candidates in recorder.offered:
+            if len(candidates) > 1 and (not kinds or kind in kinds):
+                yield said, kind, emitter, operands, candidates
+
+
+def fit(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Costs of every lowering of one kind from its measurements."""
+    costs = {}
+    for name in dict.fromkeys(name for row in rows for name in row["ms"]):
+        mine = [row for row in rows if row["ms"].get(name) is not None]
+        works = sorted({work for row in mine for work in row["work"][name]})
+        matrix = np.array([[1.0, *(row["work"][name].get(w, 0.0) for w in works)] for row in mine])
+        times = np.array([row["ms"][name] for row in mine])
+        scale = matrix.max(axis=0)
+        scale[scale == 0] = 1.0
+        solution, _ = nnls(matrix / scale / times[:, None], np.ones(len(mine)))
+        found = dict(zip(["constant", *works], solution / scale, strict=True))
+        costs[name] = {work: float(f"{cost:.4g}") for work, cost in found.items() if cost > 0}
+    return costs
+
+
+def lost(rows: list[dict[str, Any]], costs: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """The chosen lowerings' time over the fastest ones': the geometric mean and the worst."""
+    ratios = []
+    for row in rows:
+        ran = {name: ms for name, ms in row["ms"].items() if ms is not None}
+        chosen = min(ran, key=lambda name: predicted(costs.get(name, {}), row["work"][name]))
+        row["chosen"] = chosen
+        ratios.append(ran[chosen] / min(ran.values()))
+    return float(np.exp(np.mean(np.log(ratios)))), max(ratios)
+
+
+def left_out(rows: list[dict[str, Any]], parts: int = 6) -> tuple[float, float]:
+    """The same on sites that the costs were not fitted to: a sixth at a time."""
+    results = []
+    for part in range(parts):
+        held = [dict(row) for k, row in enumerate(rows) if k % parts == part]
+        rest = [row for k, row in enumerate(rows) if k % parts != part]
+        if held and rest:
+            results.append((lost(held, fit(rest)), len(held)))
+    mean = np.exp(sum(np.log(r[0]) * n for r, n in results) / sum(n for _, n in results))
+    return float(mean), max(r[1] for r, _ in results)
+
+
+def always(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What it would lose to take the same lowering everywhere, for each that runs everywhere."""
+    names = [name for name in rows[0]["ms"] if all(row["ms"].get(name) is not None for row in rows)]
+    logs = {name: [np.log(row["ms"][name] / min(x for x in row["ms"].values() if x)) for row in rows] for name in names}
+    return {name: float(np.exp(np.mean(values))) for name, values in logs.items()}
+
+
+def page(found: Mapping[str, list[dict[str, Any]]], data: Mapping[str, Any]) -> str:
+    """docs/LOWERINGS.md."""
+    lines = [
+        "# Lowerings",
+        "",
+        "Made by `make lowerings`. Where a gradient can be emitted in several ways, the one of the least predicted time",
+        "is taken: counts of work times costs that were fitted to these measurements (`zilc/lowerings.json`).",
+        "`--tune` measures on your own machine instead. Milliseconds in onnxruntime, medians of interleaved runs, all",
+        "candidates of a site in turns; the chosen one is in bold. *lost* is the time of the choice over that of the",
+        "fastest, as a geometric mean over sites; *left out* is the same on sites that were not fitted, a sixth at a",
+        "time.",
+        "",
+        f"{data['facts']['machine']}; {data['facts']['versions']}; {data['facts']['date']}, load "
+        f"{data['facts']['load']}.",
+        "",
+    ]
+    for kind, rows in found.items():
+        facts = data["quality"][kind]
+        names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+        lines += [f"## {kind}", ""]
+        lines += [
+            f"Lost: {facts['lost'][0]:.3f} (worst {facts['lost'][1]:.2f}); left out: {facts['left out'][0]:.3f} (worst "
+            f"{facts['left out'][1]:.2f}). The same everywhere would lose: "
+            + ", ".join(f"{name} {ratio:.2f}" for name, ratio in facts["always"].items())
+            + ".",
+            "",
+            "| site | " + " | ".join(names) + " | lost |",
+            "|---|" + "---|" * (len(names) + 1),
+        ]
+        for row in rows:
+            best = min(ms for ms in row["ms"].values() if ms is not None)
+            cells = []
+            for name in names:
+                ms = row["ms"].get(name)
+                text = "" if name not in row["ms"] else "does not run" if ms is None else f"{ms:.3g}"
+                cells.append(f"**{text}**" if name == row["chosen"] else text)
+            ratio = row["ms"][row["chosen"]] / best
+            lines.append(f"| {row['site']} | " + " | ".join(cells) + f" | {ratio:.2f} |")
+        lines.append("")
+    lines += [
+        "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
+        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", help="such as Conv.weight,MaxPool.x; by default all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="at most about this long for a site")
+    parser.add_argument("--json", type=Path, help="keep the measurements here, or, with --refit, take them from here")
+    parser.add_argument("--refit", action="store_true", help="measure nothing")
+    parser.add_argument("--write", action="store_true", help=f"write {COSTS.name} and docs/{PAGE.name}")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    begun = os.getloadavg()[0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    if options.refit:
+        found = json.loads(options.json.read_text())
+    else:
+        sites = list(offers((options.kinds or "").split(",") if options.kinds else []))
+        for said, kind, op, operands, candidates in track(sites, "measuring", console=console):
+            times = measure(op, operands, candidates, seconds=options.seconds)
+            work = {name: dict(candidate.work) for name, candidate in candidates.items()}
+            found.setdefault(kind, []).append({"site": said, "ms": times, "work": work})
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+    old = json.loads(COSTS.read_text()) if COSTS.exists() else {"costs": {}}
+    costs = {kind: fit(rows) for kind, rows in found.items()}
+    quality = {
+        kind: {"left out": left_out(rows), "lost": lost(rows, costs[kind]), "always": always(rows)}
+        for kind, rows in found.items()
+    }
+    facts = {
+        "machine": f"{processor()} ({os.cpu_count()} cores)",
+        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}",
+        "date": datetime.now(UTC).date().isoformat(), "load": f"{begun:.1f} to {os.getloadavg()[0]:.1f}",
+    }  # fmt: skip
+    data = {"facts": facts, "quality": quality}
+    text = page(found, data)
+    if options.write:
+        merged = {**old["costs"].get("cpu", {}), **costs}
+        COSTS.write_text(json.dumps({"facts": {"cpu": facts}, "costs": {"cpu": merged}}, indent=1, sort_keys=True) + "\n")
+        PAGE.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
