@@ -186,6 +186,8 @@ WEIGHT = {
     "volume": conv.weight_by_volume_conv,
     "columns": conv.weight_by_columns,
     "columns by example": functools.partial(conv.weight_by_columns, batched=True),
+    "taps": functools.partial(conv.weight_by_columns, apart=True),
+    "taps by example": functools.partial(conv.weight_by_columns, apart=True, batched=True),
 }
 IMAGE = {"transpose": conv.image_by_transpose, "conv": conv.image_by_conv}
 SYMBOLIC = ["static", "batch", "sizes", "all"]
@@ -199,12 +201,12 @@ def test_every_weight_lowering(name: str, which: str, dtype: type, tolerance: fl
     checked = 0
     for case in CONV:
         rank = np.ndim(case.inputs[1]) - 2
-        if (name.startswith("columns") and which in ("sizes", "all")) or (name == "volume" and rank == 3):
+        if (name.startswith(("columns", "taps")) and which in ("sizes", "all")) or (name == "volume" and rank == 3):
             continue
         got = _lower(case, which, lambda op, x, w, g, window: WEIGHT[name](op, x, g, w, window), dtype)
         _same(got, _truth(case, dtype)[1], tolerance)
         checked += 1
-    assert checked or (name.startswith("columns") and which in ("sizes", "all"))
+    assert checked or (name.startswith(("columns", "taps")) and which in ("sizes", "all"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_DTYPES)
@@ -219,8 +221,8 @@ def test_taps_laid_out_on_the_map(case: Case, batched: bool, dtype: type, tolera
     for bits in range(1 << len(free)):
         on_map = [axis for i, axis in enumerate(free) if bits >> i & 1]
 
-        def formula(op, x, w, g, window, on_map=on_map):
-            return conv.weight_by_columns(op, x, g, w, window, on_map=on_map, batched=batched)
+        def formula(op, x, w, g, window, on_map=on_map, apart=bool(bits % 2)):
+            return conv.weight_by_columns(op, x, g, w, window, on_map=on_map, batched=batched, apart=apart)
 
         _same(_lower(case, "batch", formula, dtype), expected, tolerance)
 

@@ -331,6 +331,7 @@ def weight_by_columns(
     *,
     on_map: Sequence[int] = (),
     batched: bool = False,
+    apart: bool = False,
 ) -> gs.Tensor:
     """Matrix products over positions, of shifted copies of the image and of the map.
 
@@ -341,6 +342,8 @@ def weight_by_columns(
 
     ``batched``: a product an example, added up; nothing is transposed, but there are as many partial results as
     examples.  Otherwise one product over batch and positions, for which both factors are moved to [channels, batch].
+
+    ``apart``: a product for each copy of the image, instead of one for all copies, put together first.
     """
     r, group = window.rank, window.group
     kernel, sizes, positions = window.kernel, window.image, window.map
@@ -405,8 +408,9 @@ def weight_by_columns(
         stop = [(phase + 1) * c, *(a + positions[axis] for axis, a in zip(on_image, shift, strict=True))]
         full = [channels, *(now[axis] for axis in on_image)]
         copies.append(_slice(op, x, start, stop, axes, full))
-    columns = copies[0] if len(copies) == 1 else op.Concat(*copies, axis=len(lead))
-    columns = op.Reshape(columns, [*lead, len(copies) * c, -1])
+    joined = copies if apart or len(copies) == 1 else [op.Concat(*copies, axis=len(lead))]
+    width = len(copies) * c // len(joined)
+    columns = [op.Reshape(part, [*lead, width, -1]) for part in joined]
 
     # Copies of the map, one a tap on the axes in on_map, over all image positions of these axes.
     y = map_
@@ -422,13 +426,16 @@ def weight_by_columns(
     rows = rows_[0] if len(rows_) == 1 else op.Concat(*rows_, axis=len(lead))
     rows = op.Reshape(rows, [*lead, len(rows_) * m, -1])
 
-    if lead:
-        last = len(lead)
-        product_ = op.MatMul(rows, op.Transpose(columns, perm=[*range(last), last + 1, last]))
+    last = len(lead)
+    products = []
+    for part in columns:
+        if lead:
+            products.append(op.MatMul(rows, op.Transpose(part, perm=[*range(last), last + 1, last])))
+        else:
+            products.append(op.Gemm(rows, part, transB=1))
         if batched:
-            product_ = op.ReduceSum(product_, [0], keepdims=0)
-    else:
-        product_ = op.Gemm(rows, columns, transB=1)
+            products[-1] = op.ReduceSum(products[-1], [0], keepdims=0)
+    product_ = products[0] if len(products) == 1 else op.Concat(*products, axis=1 + len(grouped))
     # [(G,) K on map, M, K on image, C] -> [(G,) M, C, K]
     if len(copies) * len(rows_) == 1:
         return op.Reshape(product_, list(shape))
@@ -482,9 +489,15 @@ def weight_lowerings(
         "image": n * channels * elements, "map": n * shape[0] * positions, "weight": weight, "groups": window.group,
     }  # fmt: skip
     found = {name: (lowering, work) for name, lowering in convs.items()}
-    found["columns"] = (weight_by_columns, work)
     by_example = {**work, "partial results": n * weight, "products": n * window.group}
+    found["columns"] = (weight_by_columns, work)
     found["columns by example"] = (functools.partial(weight_by_columns, batched=True), by_example)
+    if taps > 1:
+        apart = {"taps": taps, "kernels": taps * n * window.group}
+        found["taps"] = (functools.partial(weight_by_columns, apart=True), {**work, **apart})
+        found["taps by example"] = (
+            functools.partial(weight_by_columns, apart=True, batched=True), {**by_example, **apart}
+        )  # fmt: skip
     if window.rank > 1 and window.kernel[0] > 1 and window.strides[0] == 1:
         # The first axis' taps on the map: k0 copies of the map and K / k0 of the image, instead of K of the image.
         k = window.kernel[0]
