@@ -100,8 +100,8 @@ def test_an_opset_that_onnxruntime_does_not_know_yet() -> None:
 def test_max_roi_pool(scale: float) -> None:
     """Regions inside, of one pixel, and beyond the image."""
     rng = np.random.default_rng(0)
-    rois = np.asarray([[0, 0, 0, 4, 3], [1, 2, 1, 6, 5], [0, 3, 3, 3, 3], [1, 1, 4, 9, 8], [0, 9, 9, 12, 12]], np.float32)
-    feeds = {"x": rng.standard_normal((2, 3, 6, 7)).astype(np.float32), "rois": rois}
+    rois = [[0, 0, 0, 4, 3], [1, 2, 1, 6, 5], [0, 3, 3, 3, 3], [1, 1, 4, 9, 8], [0, 9, 9, 12, 12]]
+    feeds = {"x": rng.standard_normal((2, 3, 6, 7)).astype(np.float32), "rois": np.asarray(rois, np.float32)}
     check("MaxRoiPool", feeds, pooled_shape=[2, 3], spatial_scale=scale)
 
 

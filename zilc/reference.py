@@ -5,7 +5,8 @@ one shape; ``LRN`` fills as many channels as there are samples; ``LpNormalizatio
 ``GatherElements`` along an axis of more than 64 elements stops with an error; ``BatchNormalization`` of opsets
 before 14 mixes the batch's statistics into the running ones, with one output too, which means inference;
 ``GridSample`` rounds its places to float32, and ``DeformConv`` is built on it; ``Adam`` of several
-tensors rounds its results to float32; ``GlobalLpPool`` and ``MaxRoiPool`` are missing.
+tensors rounds its results to float32; ``Det`` gives float64 for types that are not NumPy's own; ``Optional`` makes
+a list that not every operator takes apart; ``GlobalLpPool`` and ``MaxRoiPool`` are missing.
 """
 
 from __future__ import annotations
@@ -82,6 +83,16 @@ class LpNormalization(OpRun):
         return (np.where(norm == 0, 0, x / np.where(norm == 0, 1, norm)).astype(x.dtype),)
 
 
+class Det(OpRun):
+    """Of the operand's type."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        wide = x if x.dtype.kind == "f" and x.dtype.itemsize > 2 else x.astype(np.float32)
+        return (np.asarray(np.linalg.det(wide), x.dtype),)
+
+
 class GlobalLpPool(OpRun):
     """The p-norm of each channel."""
 
@@ -117,6 +128,24 @@ class MaxRoiPool(OpRun):
                 if part.size:
                     y[(k, slice(None), *at)] = part.max(axis=(1, 2))
         return (y,)
+
+
+class Optional(OpRun):
+    """An optional is what it holds: the evaluator's own wraps it in a list, which only some operators take off."""
+
+    op_domain = ""
+
+    def _run(self, x: Any = None, type: Any = None) -> tuple[Any]:
+        return (x,)
+
+
+class OptionalGetElement(OpRun):
+    """What the optional holds."""
+
+    op_domain = ""
+
+    def _run(self, x: Any) -> tuple[Any]:
+        return (x,)
 
 
 class BatchNormalization(OpRun):
@@ -212,8 +241,8 @@ class DeformConv(OpRun):
 
 #: For ``ReferenceEvaluator(model, new_ops=REPAIRED)``.
 REPAIRED: list[type[OpRun]] = [
-    *RECURRENT, Adam, BatchNormalization, DeformConv, Erf, GatherElements, Gelu, GlobalLpPool, GridSample, LRN,
-    LpNormalization, MaxRoiPool, Mean,
+    *RECURRENT, Adam, BatchNormalization, DeformConv, Det, Erf, GatherElements, Gelu, GlobalLpPool, GridSample, LRN,
+    LpNormalization, MaxRoiPool, Mean, Optional, OptionalGetElement,
 ]  # fmt: skip
 
 

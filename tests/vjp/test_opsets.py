@@ -17,11 +17,11 @@ import numpy as np
 import onnx
 import onnx.defs
 import onnx.parser
+import onnx.printer
 import pytest
 
 import zilc
 from tests.vjp.cases import Case
-from tests.vjp.test_control_flow import in_float32
 from tests.vjp.test_table import CASES as TABLE_CASES
 from tools.exam_cases import FLOATS, reference_run
 from tools.exam_trial import STEP, TOLERANCE, by_the_way, still
@@ -186,6 +186,11 @@ FORMS: list[Form] = [
     # a batch of sequences, each of its length
     _old("Scan", 8, None, r(2, 3), r(2, 4, 5), num_scan_inputs=1, body=_body(_BATCH_SCAN), outputs=2),
     _old("Scan", 8, None, r(2, 3), r(2, 4, 5), num_scan_inputs=1, body=_body(_BATCH_SCAN), outputs=2, directions=[1]),
+    # modes by their newer names
+    *(
+        Form(Case("GridSample", [r(1, 2, 4, 5), _rng.uniform(-0.9, 0.9, (1, 2, 3, 2))], {"mode": m}), since=20)
+        for m in ("linear", "cubic")
+    ),
     # float32 alone
     Form(Case("Celu", [r(3, 4).astype("f")], {"alpha": 0.7})),
     Form(Case("MeanVarianceNormalization", [r(2, 3, 4).astype("f")], {"axes": [1, 2]})),
@@ -214,8 +219,8 @@ BODIES = {
     "SequenceMap": "s = SequenceConstruct (x, z)  t = SequenceMap (s, w) <body = f (double[2, 3] u, double[2, 3] v)"
     " => (double[2, 3] q) { p = Mul (u, v)  q = Sin (p) }>  y = ConcatFromSequence <axis = 0> (t)",
     "Optional": "o = Optional (x)  a = OptionalGetElement (o)  y = Sin (a)",
-    "OptionalGetElement": "s = SequenceConstruct (x, z)  o = Optional (s)  t = OptionalGetElement (o)"
-    "  y = ConcatFromSequence <axis = 0> (t)",
+    "OptionalGetElement": "o = Optional (x)  a = OptionalGetElement (o)  p = Optional (a)"
+    "  b = OptionalGetElement (p)  y = Mul (b, z)",
 }
 
 
@@ -249,12 +254,22 @@ class Trial:
     clear: frozenset[str] | None = None
 
 
-def _narrow(case: Case) -> Case:
-    inputs = [x if x is None or x.dtype.kind != "f" else x.astype(np.float32) for x in case.inputs]
-    return dataclasses.replace(case, inputs=inputs, attrs={k: in_float32(v) for k, v in case.attrs.items()})
+def typed(case: Case, dtype: np.dtype) -> Case:
+    """The case with floating operands, and the subgraphs' types, of another dtype."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    name = onnx.TensorProto.DataType.Name(kind).lower()
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, onnx.GraphProto):
+            return value
+        text = onnx.printer.to_text(value).replace("double", name).replace("<to: int = 11>", f"<to: int = {kind}>")
+        return onnx.parser.parse_graph(text)
+
+    inputs = [x if x is None or x.dtype.kind != "f" else x.astype(dtype) for x in case.inputs]
+    return dataclasses.replace(case, inputs=inputs, attrs={k: of(v) for k, v in case.attrs.items()})
 
 
-def _model(case: Case, opset: int) -> onnx.ModelProto:
+def model_of(case: Case, opset: int) -> onnx.ModelProto:
     return op_model(case.op, case.inputs, case.attrs, opset=opset, outputs=case.outputs, constant=case.constant,
                     executor=case.executor)  # fmt: skip
 
@@ -262,37 +277,48 @@ def _model(case: Case, opset: int) -> onnx.ModelProto:
 def _trial_of_case(case: Case, opset: int) -> Trial:
     feeds = {f"x{k}": x for k, x in enumerate(case.inputs) if x is not None and k not in case.constant}
     clear = None if case.operands is None else frozenset(f"x{k}" for k in case.operands)
-    return Trial(case.op, _model(case, opset), _model(_narrow(case), opset), feeds, clear)
+    return Trial(case.op, model_of(case, opset), model_of(typed(case, np.dtype("f")), opset), feeds, clear)
 
 
-def _trial_of_body(op: str, opset: int) -> Trial:
+def body_of(op: str, opset: int, dtype: np.dtype) -> onnx.ModelProto:
+    """The model of a sequence operator."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
     text = f'''<ir_version: 10, opset_import: ["" : {opset}]>
         g (double[2, 3] x, double[2, 3] z, double[2, 3] w) => (double[M, N] y)
         <int64 zero = {{0}}, int64 one = {{1}}, int64[2] pieces = {{1, 2}}> {{ {BODIES[op]} }}'''
     if "new_axis" in text:
         text = text.replace("double[M, N]", "double[M, N, K]")
-    double = onnx.parser.parse_model(text)
-    single = onnx.parser.parse_model(text.replace("double", "float").replace("dtype = 11", "dtype = 1"))
-    return Trial(op, double, single, {n: r(2, 3) for n in "xzw"})
+    name = onnx.TensorProto.DataType.Name(kind).lower()
+    return onnx.parser.parse_model(text.replace("double", name).replace("dtype = 11", f"dtype = {kind}"))
 
 
 def trials(op: str, version: int) -> list[Trial]:
     """Models of one version: the forms written for it, else a case of the operator's family that it takes as it is."""
     opset = max(version, OLDEST)
     if op in BODIES:
-        return [_trial_of_body(op, opset)]
-    made = [
-        _trial_of_case(form.case, opset) for form in FORMS if form.case.op == op and form.since <= opset <= form.until
-    ]
-    # Of those that fit, one of this very version, and with the most attributes and operands.
-    cases = [c for c in TABLE_CASES if c.op == op and _has_the_form(c, version)]
-    cases.sort(key=lambda c: (_since(op, c.opset) != version, -len(c.attrs) - len(c.inputs)))
-    for case in cases if not made else ():
+        double, single = (body_of(op, opset, np.dtype(kind)) for kind in "df")
+        return [Trial(op, double, single, {n: r(2, 3) for n in "xzw"})]
+    forms, cases = cases_of(op, version)
+    for case in cases if not forms else ():
         try:
             return [_trial_of_case(case, opset)]
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        except INVALID:
             continue  # a form of another version
-    return made
+    return [_trial_of_case(case, opset) for case in forms]
+
+
+#: What onnx raises of a node that has another version's form, or a type that its version does not take.
+INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+
+
+def cases_of(op: str, version: int) -> tuple[list[Case], list[Case]]:
+    """Those written for a version's form, and those of the family that may have it: of this very version, and with the
+    most attributes and operands, first.
+    """
+    opset = max(version, OLDEST)
+    forms = [f.case for f in FORMS if f.case.op == op and f.since <= opset <= f.until]
+    cases = [c for c in TABLE_CASES if c.op == op and _has_the_form(c, version)]
+    return forms, sorted(cases, key=lambda c: (_since(op, c.opset) != version, -len(c.attrs) - len(c.inputs)))
 
 
 def _since(op: str, opset: int) -> int:
