@@ -78,13 +78,13 @@ def prepare(
     proto = settle_opset(proto, opset, source.name)
     proto = fix_dims(proto, dims or {}, source.name)
     proto = spell_out_defaults(proto)
-    proto = infer_shapes(proto, source.name)
+    notes: list[str] = []
+    proto = infer_shapes(proto, source.name, notes)
     graph = onnx_io.to_graph(proto, source.base_dir, aside)
     graph.opset = _opset(proto)
     lift_inner_constants(graph)
     graph = lift_constants(graph)
     graph = name_casts(graph)
-    notes: list[str] = []
     while True:
         graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
         said: list[str] = []
@@ -493,33 +493,74 @@ def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onn
     return made
 
 
-def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+def infer_shapes(proto: onnx.ModelProto, where: str, notes: list[str] | None = None) -> onnx.ModelProto:
     """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew.
+
+    Args:
+        notes: gets a line for each tensor of which the file says something else than its operators.
 
     What operators of custom domains make is told by their registered inference (:mod:`zilc.rules`), one row of them
     after the other, since what follows each hangs on it.
     """
-    made = _infer(proto, where)
+    made = _infer(proto, where, notes)
     while foreign.add_types(made):
         made = _infer(made, where)
     return infer_through_values(made)
 
 
-def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+def _infer(proto: onnx.ModelProto, where: str, notes: list[str] | None = None) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        bare = onnx.ModelProto()
-        bare.CopyFrom(proto)
-        del bare.graph.value_info[:]
+        pass
     try:
-        return onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=False, data_prop=True)
+        return _infer_anew(proto, [] if notes is None else notes)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"shapes or types contradict each other: {_first_line(error)}",
             where=where,
             hint="Export the model again.",
         ) from error
+
+
+def _infer_anew(proto: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:
+    """Shapes by the operators; the file is believed only of tensors that these leave open, the first ones first."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    declared = {i.name: i for i in proto.graph.value_info if i.type.tensor_type.HasField("shape")}
+    del made.graph.value_info[:]
+    while True:
+        found = onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=False, data_prop=True)
+        held = {i.name: i for i in (*found.graph.input, *found.graph.value_info, *found.graph.output)}
+        shaped = {n for n, i in held.items() if i.type.tensor_type.HasField("shape")}
+        shaped |= {t.name for t in found.graph.initializer} | {""}
+        open_nodes = [n for n in found.graph.node if not shaped.issuperset(n.output)]
+        unsure = {name for n in open_nodes for name in n.output}
+        known = {i.name for i in made.graph.value_info}
+        believed = [
+            declared[name]
+            for n in open_nodes if not unsure.intersection(n.input)
+            for name in n.output if name in declared and name not in shaped | known
+        ]  # fmt: skip
+        if not believed:
+            break
+        made.graph.value_info.extend(believed)
+    for name, info in declared.items():
+        ours, theirs = (_shape_of(i) for i in (held.get(name, info), info))
+        if len(ours) != len(theirs) or any(
+            a != b and isinstance(a, int) and isinstance(b, int) for a, b in zip(ours, theirs, strict=True)
+        ):
+            said, made_of = _listed(theirs), _listed(ours)
+            notes.append(f"tensor '{name}': the file says its shape is {said}, its operators {made_of}")
+    return found
+
+
+def _shape_of(info: onnx.ValueInfoProto) -> list[int | str]:
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in info.type.tensor_type.shape.dim]
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def reinfer(graph: gs.Graph) -> gs.Graph:

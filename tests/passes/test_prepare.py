@@ -208,3 +208,20 @@ def test_what_an_older_operator_does_not_take_goes_through_the_function_body():
     x = RNG.standard_normal((2, 3))
     expected = np.maximum(x, 0) + np.minimum(0, 0.7 * np.expm1(x / 0.7))
     assert np.allclose(executor(made)({"x": x})["y"], expected, rtol=1e-6)  # the attribute is float32
+
+
+@pytest.mark.parametrize("wrong", [("h", [2, 9]), ("b", [4, 9]), ("b", [4, 2, 1])])
+def test_a_wrong_inner_shape_is_named_and_takes_no_other_with_it(wrong):
+    """What the file alone can say, the rank of a Reshape to a shape fed at run time, is still believed."""
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[2,4] x, int64[r] s, int64[2] i) => (float[2,3] y) <float[4,3] w> {
+      a = Reshape(x, s)  b = Gather(a, i)  t = ReduceSum<keepdims=0>(b)  h = MatMul(x, w)  y = Add(h, t) }"""
+    proto = model(text)
+    with pytest.raises(ModelError, match="tensor 'a': the number of dimensions is unknown"):
+        zilc.emit_training(proto, wrt=["x"], outputs="grad")
+    for name, shape in (("a", [4, 2]), wrong):
+        proto.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, shape))
+    step = zilc.emit_training(proto, wrt=["x"], outputs="grad")
+    said = [line for line in step.report["notes"] if "the file says its shape" in line]
+    assert len(said) == 1
+    assert f"tensor '{wrong[0]}': the file says its shape is {wrong[1]}" in said[0]
