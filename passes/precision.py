@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx.helper
 import onnx.numpy_helper
+import onnx.shape_inference
 
 from zilc import onnx_io
 
@@ -21,7 +22,26 @@ def to_float64(model: onnx.ModelProto, base_dir: str = "") -> onnx.ModelProto:
     made = onnx.ModelProto()
     made.CopyFrom(model)
     _convert_graph(made.graph, base_dir)
+    _keep_declared(made, model)
     return made
+
+
+def _keep_declared(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Shapes that the file alone can say, of tensors that inference leaves open (in place); others are inferred."""
+    declared = [i for i in model.graph.value_info if i.type.tensor_type.HasField("shape")]
+    if not declared:
+        return
+    light = onnx_io.set_aside(made)[0]
+    found = {i.name: i for i in onnx.shape_inference.infer_shapes(light, data_prop=True).graph.value_info}
+    for info in declared:
+        held = found.get(info.name)
+        if held is not None and held.type.tensor_type.HasField("shape"):
+            continue
+        kept = made.graph.value_info.add()
+        kept.CopyFrom(info)
+        _convert_type(kept.type)
+        if held is not None and held.type.tensor_type.elem_type:
+            kept.type.tensor_type.elem_type = held.type.tensor_type.elem_type
 
 
 def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:
