@@ -150,3 +150,11 @@ def test_float64_keeps_the_shapes_that_only_the_file_says() -> None:
     assert executor(wide)(feeds)["y"].dtype == np.float64
     step = zilc.emit_training(wide, wrt=["x"], outputs="grad")
     assert step.signature["input_grads"][0]["name"] == "x"
+
+
+def test_what_an_exporter_computes_of_a_parameter_is_its() -> None:
+    """RWKV's 1 - p is a constant of its own in the file; its gradient counts, turned."""
+    layer = torch.nn.Linear(3, 4)
+    (found,) = Places(layer).find(1 - layer.bias.detach().numpy())
+    assert found[0] == "bias"
+    assert found[3].tolist() == [-1.0] * 4
