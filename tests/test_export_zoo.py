@@ -158,3 +158,13 @@ def test_what_an_exporter_computes_of_a_parameter_is_its() -> None:
     (found,) = Places(layer).find(1 - layer.bias.detach().numpy())
     assert found[0] == "bias"
     assert found[3].tolist() == [-1.0] * 4
+
+
+def test_float64_of_an_operator_that_takes_none() -> None:
+    """Celu, before opset 28, by its function body."""
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[n, 3] x) => (float[n, 3] y) { y = Celu<alpha = 0.5>(x) }'
+    wide = to_float64(onnx.parser.parse_model(text))
+    onnx.checker.check_model(wide, full_check=True)
+    x = np.asarray([[-2.0, -0.25, 3.0]])
+    made = executor(wide)({"x": x})["y"]
+    assert np.allclose(made, np.where(x > 0, x, 0.5 * np.expm1(x / 0.5)), rtol=1e-14)
