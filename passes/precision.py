@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+import onnx.defs
 import onnx.helper
+import onnx.inliner
 import onnx.numpy_helper
+import onnx.shape_inference
 
 from zilc import onnx_io
 
@@ -19,9 +24,46 @@ def to_float64(model: onnx.ModelProto, base_dir: str = "") -> onnx.ModelProto:
     Requires: local functions are inlined.  External data is read and embedded.
     """
     made = onnx.ModelProto()
-    made.CopyFrom(model)
+    made.CopyFrom(_spelled_out(model))
     _convert_graph(made.graph, base_dir)
+    _keep_declared(made, model)
     return made
+
+
+def _spelled_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Operators that take float32 but no float64, such as Celu before opset 28, as their function bodies."""
+    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    found = set()
+    for op in {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}:
+        try:
+            schema: Any = onnx.defs.get_schema(op, version, "")
+        except onnx.defs.SchemaError:
+            continue
+        types = [{*x.types} for x in (*schema.inputs, *schema.outputs)]
+        single = all("tensor(float)" in t and "tensor(double)" not in t for t in types)
+        if types and single and (schema.has_function or schema.has_context_dependent_function):
+            found.add(("", op))
+    if not found:
+        return model
+    return onnx.inliner.inline_selected_functions(model, sorted(found), exclude=False, inline_schema_functions=True)
+
+
+def _keep_declared(made: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Shapes that the file alone can say, of tensors that inference leaves open (in place); others are inferred."""
+    declared = [i for i in model.graph.value_info if i.type.tensor_type.HasField("shape")]
+    if not declared:
+        return
+    light = onnx_io.set_aside(made)[0]
+    found = {i.name: i for i in onnx.shape_inference.infer_shapes(light, data_prop=True).graph.value_info}
+    for info in declared:
+        held = found.get(info.name)
+        if held is not None and held.type.tensor_type.HasField("shape"):
+            continue
+        kept = made.graph.value_info.add()
+        kept.CopyFrom(info)
+        _convert_type(kept.type)
+        if held is not None and held.type.tensor_type.elem_type:
+            kept.type.tensor_type.elem_type = held.type.tensor_type.elem_type
 
 
 def _convert_graph(graph: onnx.GraphProto, base_dir: str) -> None:

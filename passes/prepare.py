@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,6 +36,8 @@ from zilc.passes.unroll import unroll
 _BY_BODY = frozenset({("", "LinearAttention")})
 #: From this opset on BatchNormalization says by an attribute which form it is in.
 _TRAINING_MODE = 14
+#: From this opset on Resize says where output pixels lie; from the next one on, one of the ways is gone.
+_COORDINATES, _NN_MODE_GONE = 11, 13
 
 @dataclass
 class Prepared:
@@ -75,13 +78,13 @@ def prepare(
     proto = settle_opset(proto, opset, source.name)
     proto = fix_dims(proto, dims or {}, source.name)
     proto = spell_out_defaults(proto)
-    proto = infer_shapes(proto, source.name)
+    notes: list[str] = []
+    proto = infer_shapes(proto, source.name, notes)
     graph = onnx_io.to_graph(proto, source.base_dir, aside)
     graph.opset = _opset(proto)
     lift_inner_constants(graph)
     graph = lift_constants(graph)
     graph = name_casts(graph)
-    notes: list[str] = []
     while True:
         graph = resolve_sequences(graph)  # a loop over a sequence then has a known trip count
         said: list[str] = []
@@ -151,7 +154,20 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
     if not changed:
         return _relabel(proto, target)
     try:
-        return _convert(proto, target)
+        if current < _NN_MODE_GONE and changed & {"Upsample", "Resize"}:
+            if current < _COORDINATES - 1:
+                proto = _convert(proto, _COORDINATES - 1)  # Upsample is a Resize there
+            proto = _name_coordinates(proto, where)
+        try:
+            return _type_bounds(_convert(proto, target), proto)
+        except Exception:
+            # A type that the older operator lacks may be one that its function body's operators have.
+            spelled = _inline_changed(proto, changed) if target < current else None
+            if spelled is None:
+                raise
+            return settle_opset(spelled, target, where)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"opset {current} cannot be converted to {target}: {_first_line(error)} "
@@ -191,6 +207,129 @@ def _mark_training_form(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
             node.output[k] = node.output[k] or f"{node.output[0]}.running_{kind}.out"  # no longer optional
         node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
     return made
+
+
+def _name_coordinates(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """Resize with what it meant written out, where onnx's converter leaves it to newer defaults (opsets 10 to 12).
+
+    In opset 10 an output pixel k lies at k / scale; the nearest pixel is the one below, and above where the axis
+    shrinks: then in two steps, as a Resize of today rounds all axes one way.  Opsets 11 and 12 know a way of their own,
+    (k + 1/2) / scale, which is half_pixel's moved by 1/2: the nearest pixel below there is the nearest one here.
+
+    Raises:
+        ModelError: opset 11's own way with what no newer one gives.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    stack = [made.graph]
+    while stack:
+        graph = stack.pop()
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            stack.extend(a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+            if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
+                nodes.append(node)
+            elif _opset(proto) < _COORDINATES:
+                nodes += _asymmetric(node, graph)
+            else:
+                _rename_nn_mode(node, where)
+                nodes.append(node)
+        if len(nodes) != len(graph.node):
+            copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+            del graph.node[:]
+            graph.node.extend(copies)
+    return made
+
+
+def _asymmetric(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """A Resize of opset 10, its coordinates named, as one node or as two (with what they need)."""
+    make = onnx.helper.make_node
+
+    def named(one: onnx.NodeProto, near: str) -> onnx.NodeProto:
+        one.attribute.append(onnx.helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
+        one.attribute.append(onnx.helper.make_attribute("nearest_mode", near))
+        return one
+
+    held = [t for t in graph.initializer if t.name == node.input[1]]
+    held += [
+        a.t for n in graph.node if n.op_type == "Constant" and n.output[0] == node.input[1]
+        for a in n.attribute if a.name == "value"
+    ]  # fmt: skip
+    scales = onnx.numpy_helper.to_array(held[0]) if held else None
+    linear = any(a.name == "mode" and a.s == b"linear" for a in node.attribute)
+    if linear or (scales is not None and (scales >= 1).all()):
+        return [named(node, "floor")]
+    if scales is not None and (scales <= 1).all():
+        return [named(node, "ceil")]
+    one, up, down, grown = (f"{node.output[0]}.{part}" for part in ("one", "up", "down", "grown"))
+    unit = onnx.helper.make_tensor(f"{one}.value", onnx.TensorProto.FLOAT, [1], [1.0])
+    return [
+        make("Constant", [], [one], value=unit),
+        make("Max", [node.input[1], one], [up]),
+        make("Min", [node.input[1], one], [down]),
+        named(make("Resize", [node.input[0], up], [grown], name=f"{node.name}.up", mode="nearest"), "floor"),
+        named(make("Resize", [grown, down], [node.output[0]], name=node.name, mode="nearest"), "ceil"),
+    ]
+
+
+def _rename_nn_mode(node: onnx.NodeProto, where: str) -> None:
+    attrs = {a.name: a for a in node.attribute}
+    way = attrs.get("coordinate_transformation_mode")
+    if way is None or way.s != b"tf_half_pixel_for_nn":
+        return
+    near = attrs["nearest_mode"].s if "nearest_mode" in attrs else b"round_prefer_floor"
+    moved = {b"floor": b"round_prefer_ceil", b"round_prefer_floor": b"ceil"}.get(near)
+    if moved is None or ("mode" in attrs and attrs["mode"].s != b"nearest"):
+        raise ModelError(
+            f"coordinate_transformation_mode tf_half_pixel_for_nn, which no opset from {_NN_MODE_GONE} on has",
+            where=describe_vertex(node.name or node.output[0], node.op_type),
+            hint="Export the model with opset 13 or later.",
+        )
+    way.s = b"half_pixel"
+    for a in [a for a in node.attribute if a.name == "nearest_mode"]:
+        node.attribute.remove(a)
+    node.attribute.append(onnx.helper.make_attribute("nearest_mode", moved))
+
+
+#: Operators whose scalar attributes became operands of the data's type, and the first opset that has them so.
+_BOUNDED = {"Clip": 11, "Pad": 11}
+
+
+def _type_bounds(converted: onnx.ModelProto, proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Bounds of Clip and the value of Pad in their data's type (in place): onnx's converter makes them float32."""
+    if _opset(proto) >= max(_BOUNDED.values()):
+        return converted
+    wanted = [n for n in _all_nodes(converted.graph) if n.op_type in _BOUNDED and len(n.input) > 1]
+    if not wanted:
+        return converted
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    kinds: dict[str, int] = {}
+    stack = [inferred.graph]
+    while stack:
+        graph = stack.pop()
+        for info in (*graph.input, *graph.value_info, *graph.output):
+            kinds[info.name] = info.type.tensor_type.elem_type
+        kinds.update((t.name, t.data_type) for t in graph.initializer)
+        stack.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
+    constants = {n.output[0]: n for n in _all_nodes(converted.graph) if n.op_type == "Constant"}
+    for node in wanted:
+        kind = kinds.get(node.input[0], 0)
+        for name in node.input[1 if node.op_type == "Clip" else 2 :]:
+            for a in constants[name].attribute if name in constants else ():
+                if kind and a.name == "value" and a.t.data_type == onnx.TensorProto.FLOAT != kind:
+                    held = onnx.numpy_helper.to_array(a.t).astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+                    a.t.CopyFrom(onnx.numpy_helper.from_array(held, a.t.name))
+    return converted
+
+
+def _inline_changed(proto: onnx.ModelProto, changed: Collection[str]) -> onnx.ModelProto | None:
+    """The model with function bodies in place of the operators that changed; None where none of them has one."""
+    schemas: dict[str, Any] = {op: onnx.defs.get_schema(op, _opset(proto), "") for op in changed}
+    bodies = [("", op) for op, s in sorted(schemas.items()) if s.has_function or s.has_context_dependent_function]
+    if not bodies:
+        return None
+    made = onnx.inliner.inline_selected_functions(proto, bodies, exclude=False, inline_schema_functions=True)
+    return None if [n.op_type for n in made.graph.node] == [n.op_type for n in proto.graph.node] else made
 
 
 def _inline_newer(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
@@ -354,33 +493,74 @@ def fix_dims(proto: onnx.ModelProto, dims: Mapping[str, int], where: str) -> onn
     return made
 
 
-def infer_shapes(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+def infer_shapes(proto: onnx.ModelProto, where: str, notes: list[str] | None = None) -> onnx.ModelProto:
     """onnx's shape inference with data propagation; what a file says wrongly of inner tensors is inferred anew.
+
+    Args:
+        notes: gets a line for each tensor of which the file says something else than its operators.
 
     What operators of custom domains make is told by their registered inference (:mod:`zilc.rules`), one row of them
     after the other, since what follows each hangs on it.
     """
-    made = _infer(proto, where)
+    made = _infer(proto, where, notes)
     while foreign.add_types(made):
         made = _infer(made, where)
     return infer_through_values(made)
 
 
-def _infer(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+def _infer(proto: onnx.ModelProto, where: str, notes: list[str] | None = None) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        bare = onnx.ModelProto()
-        bare.CopyFrom(proto)
-        del bare.graph.value_info[:]
+        pass
     try:
-        return onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=False, data_prop=True)
+        return _infer_anew(proto, [] if notes is None else notes)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"shapes or types contradict each other: {_first_line(error)}",
             where=where,
             hint="Export the model again.",
         ) from error
+
+
+def _infer_anew(proto: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:
+    """Shapes by the operators; the file is believed only of tensors that these leave open, the first ones first."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    declared = {i.name: i for i in proto.graph.value_info if i.type.tensor_type.HasField("shape")}
+    del made.graph.value_info[:]
+    while True:
+        found = onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=False, data_prop=True)
+        held = {i.name: i for i in (*found.graph.input, *found.graph.value_info, *found.graph.output)}
+        shaped = {n for n, i in held.items() if i.type.tensor_type.HasField("shape")}
+        shaped |= {t.name for t in found.graph.initializer} | {""}
+        open_nodes = [n for n in found.graph.node if not shaped.issuperset(n.output)]
+        unsure = {name for n in open_nodes for name in n.output}
+        known = {i.name for i in made.graph.value_info}
+        believed = [
+            declared[name]
+            for n in open_nodes if not unsure.intersection(n.input)
+            for name in n.output if name in declared and name not in shaped | known
+        ]  # fmt: skip
+        if not believed:
+            break
+        made.graph.value_info.extend(believed)
+    for name, info in declared.items():
+        ours, theirs = (_shape_of(i) for i in (held.get(name, info), info))
+        if len(ours) != len(theirs) or any(
+            a != b and isinstance(a, int) and isinstance(b, int) for a, b in zip(ours, theirs, strict=True)
+        ):
+            said, made_of = _listed(theirs), _listed(ours)
+            notes.append(f"tensor '{name}': the file says its shape is {said}, its operators {made_of}")
+    return found
+
+
+def _shape_of(info: onnx.ValueInfoProto) -> list[int | str]:
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in info.type.tensor_type.shape.dim]
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def reinfer(graph: gs.Graph) -> gs.Graph:

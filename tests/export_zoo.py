@@ -443,6 +443,7 @@ class Places:
             one = np.ones(p.shape)
             yield name, -np.exp(p), -np.exp(p)
             yield name, 1 + p, one
+            yield name, 1 - p, -one
             yield name, -p, -one
         modules = list(self.module.named_modules())
         norms = [(n, m) for n, m in modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]

@@ -87,3 +87,25 @@ def test_average_pool_counts_nothing_beyond_its_padding(
     expected = torch.nn.functional.avg_pool2d(torch.from_numpy(x), kernel, stride, pad, True, bool(include))
     got = executor(made, prefer="reference")({"x": x})["y"]
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_opset_that_onnxruntime_does_not_know_yet() -> None:
+    x = np.asarray([[1.0, -2.0]], np.float32)
+    made = executor(model("Relu", {"x": x}, onnx.defs.onnx_opset_version()))
+    assert "reference evaluator" in made.name
+    np.testing.assert_array_equal(made({"x": x})["y"], [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6, 0.5])
+def test_max_roi_pool(scale: float) -> None:
+    """Regions inside, of one pixel, and beyond the image."""
+    rng = np.random.default_rng(0)
+    rois = [[0, 0, 0, 4, 3], [1, 2, 1, 6, 5], [0, 3, 3, 3, 3], [1, 1, 4, 9, 8], [0, 9, 9, 12, 12]]
+    feeds = {"x": rng.standard_normal((2, 3, 6, 7)).astype(np.float32), "rois": np.asarray(rois, np.float32)}
+    check("MaxRoiPool", feeds, pooled_shape=[2, 3], spatial_scale=scale)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_global_lp_pool(p: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    check("GlobalLpPool", {"x": x}, p=p)

@@ -134,3 +134,37 @@ def test_scales_of_a_resize_stay_float32() -> None:
     made = executor(wide)({"x": x, "given": given})["y"]
     assert made.dtype == np.float64
     assert np.array_equal(made, x.repeat(2, 2).repeat(4, 3))
+
+
+def test_float64_keeps_the_shapes_that_only_the_file_says() -> None:
+    """The rank of a Reshape to a shape fed at run time; LayerNormalization's statistics stay float32."""
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[2,4] x, int64[r] s) => (float[4] y) <float[2] w = {1.0, 2.0}, float[4,2] a, float[4,2] n, float[4,1] m> {
+      a = Reshape(x, s)  n, m = LayerNormalization<axis=-1>(a, w)  p = Squeeze(m)  k = CastLike(p, w)
+      t = ReduceSum<keepdims=0>(n)  y = Add(k, t) }"""
+    wide = to_float64(onnx.parser.parse_model(text))
+    kinds = {i.name: (i.type.tensor_type.elem_type, len(i.type.tensor_type.shape.dim)) for i in wide.graph.value_info}
+    assert kinds["a"] == (onnx.TensorProto.DOUBLE, 2)
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((2, 4)), "s": np.asarray([4, 2])}
+    assert executor(wide)(feeds)["y"].dtype == np.float64
+    step = zilc.emit_training(wide, wrt=["x"], outputs="grad")
+    assert step.signature["input_grads"][0]["name"] == "x"
+
+
+def test_what_an_exporter_computes_of_a_parameter_is_its() -> None:
+    """RWKV's 1 - p is a constant of its own in the file; its gradient counts, turned."""
+    layer = torch.nn.Linear(3, 4)
+    (found,) = Places(layer).find(1 - layer.bias.detach().numpy())
+    assert found[0] == "bias"
+    assert found[3].tolist() == [-1.0] * 4
+
+
+def test_float64_of_an_operator_that_takes_none() -> None:
+    """Celu, before opset 28, by its function body."""
+    text = '<ir_version: 9, opset_import: ["" : 20]> g (float[n, 3] x) => (float[n, 3] y) { y = Celu<alpha = 0.5>(x) }'
+    wide = to_float64(onnx.parser.parse_model(text))
+    onnx.checker.check_model(wide, full_check=True)
+    x = np.asarray([[-2.0, -0.25, 3.0]])
+    made = executor(wide)({"x": x})["y"]
+    assert np.allclose(made, np.where(x > 0, x, 0.5 * np.expm1(x / 0.5)), rtol=1e-14)

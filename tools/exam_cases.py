@@ -15,7 +15,6 @@ import onnx.inliner
 import onnx.numpy_helper
 import onnx.reference
 import onnx.shape_inference
-from onnx.reference.op_run import OpRun
 
 FLOATS = frozenset(
     (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -236,28 +235,10 @@ def finite_counts(values: Iterable[np.ndarray]) -> list[int]:
 Run = Callable[[Mapping[str, Any]], list[Any]]
 
 
-class Optional(OpRun):
-    """An optional is what it holds: the evaluator's own wraps it in a list, which only some operators take off."""
-
-    op_domain = ""
-
-    def _run(self, x: Any = None, type: Any = None) -> tuple[Any]:
-        return (x,)
-
-
-class OptionalGetElement(OpRun):
-    """What the optional holds."""
-
-    op_domain = ""
-
-    def _run(self, x: Any) -> tuple[Any]:
-        return (x,)
-
-
 def reference_run(model: onnx.ModelProto) -> Run:
     from zilc.executors import _FASTER, REPAIRED
 
-    evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=[*_FASTER, *REPAIRED, Optional, OptionalGetElement])
+    evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=[*_FASTER, *REPAIRED])
 
     def run(feeds: Mapping[str, Any]) -> list[Any]:
         with np.errstate(all="ignore"), warnings.catch_warnings():

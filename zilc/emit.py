@@ -286,6 +286,19 @@ class Emitter:
         wanted = np.dtype(dtype)
         return x if self.dtype(x) == wanted else self.Cast(x, to=onnx_io.onnx_dtype(wanted))
 
+    def widened(self, x: gs.Tensor) -> gs.Tensor:
+        """``x`` in float32 where it is of half precision, else ``x`` itself."""
+        return self.cast(x, np.float32) if self.dtype(x).name in ("float16", "bfloat16") else x
+
+    def add_at(self, base: gs.Tensor, index: gs.Tensor, updates: gs.Tensor, *, axis: int) -> gs.Tensor:
+        """``base`` with ``updates`` added at ``index`` along ``axis``: ScatterElements, places may repeat.
+
+        Half precision is summed in float32, so that it is rounded once; onnxruntime has no kernel in half precision.
+        """
+        dtype = self.dtype(base)
+        made = self.ScatterElements(self.widened(base), index, self.widened(updates), axis=axis, reduction="add")
+        return self.cast(made, dtype)
+
     def count(self, x: gs.Tensor, dtype: Any) -> gs.Tensor:
         """Number of elements as a rank-0 tensor of ``dtype``: a constant where it is known."""
         known = self.static(x)

@@ -70,6 +70,9 @@ def executor(model: onnx.ModelProto, *, prefer: str = "onnxruntime") -> Executor
             )
         except Exception as error:  # onnxruntime's own exception types are not exported
             missing = any(word in str(error) for word in ("NOT_IMPLEMENTED", "Could not find an implementation"))
+            # So are the operators of an opset that it does not know yet.
+            own = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+            missing = missing or max(own, default=0) > onnx_io.MAX_OPSET
             # A custom operator whose schema leaves float64 out makes the graph invalid, not just unimplemented.
             if not missing and not any((n.domain, n.op_type) in foreign.OPERATORS for n in model.graph.node):
                 raise

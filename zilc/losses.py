@@ -107,7 +107,7 @@ def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -
     picked = op.GatherElements(log_p, index, axis=axis)
     loss = op.Mul(op.ReduceSum(picked, keepdims=0), op.Div(op.scalar_like(-1, mu), n))
     minus_one = op.Expand(op.scalar_like(-1, mu), op.shape_of(index))
-    difference = op.ScatterElements(op.Exp(log_p), index, minus_one, axis=axis, reduction="add")
+    difference = op.add_at(op.Exp(log_p), index, minus_one, axis=axis)
     return loss, difference, op.Div(op.scalar_like(1, mu), n)
 
 

@@ -291,6 +291,15 @@ def np_dtype(dtype: Any) -> np.dtype | None:
     return np.dtype(dtype)
 
 
+def lowest(dtype: np.dtype) -> float:
+    """The lowest finite number of a floating dtype."""
+    if dtype.kind == "f":
+        return float(np.finfo(dtype).min)
+    import ml_dtypes  # bfloat16 is no dtype of numpy's own
+
+    return float(ml_dtypes.finfo(dtype).min)
+
+
 def onnx_dtype(dtype: Any) -> int:
     return dtype if isinstance(dtype, int) else int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 

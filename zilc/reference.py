@@ -5,7 +5,8 @@ one shape; ``LRN`` fills as many channels as there are samples; ``LpNormalizatio
 ``GatherElements`` along an axis of more than 64 elements stops with an error; ``BatchNormalization`` of opsets
 before 14 mixes the batch's statistics into the running ones, with one output too, which means inference;
 ``GridSample`` rounds its places to float32, and ``DeformConv`` is built on it; ``Adam`` of several
-tensors rounds its results to float32.
+tensors rounds its results to float32; ``Det`` gives float64 for types that are not NumPy's own; ``Optional`` makes
+a list that not every operator takes apart; ``GlobalLpPool`` and ``MaxRoiPool`` are missing.
 """
 
 from __future__ import annotations
@@ -80,6 +81,71 @@ class LpNormalization(OpRun):
     def _run(self, x: np.ndarray, axis: int = -1, p: int = 2) -> tuple[np.ndarray]:
         norm = (np.abs(x) ** p).sum(axis=axis, keepdims=True) ** (1.0 / p)
         return (np.where(norm == 0, 0, x / np.where(norm == 0, 1, norm)).astype(x.dtype),)
+
+
+class Det(OpRun):
+    """Of the operand's type."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray) -> tuple[np.ndarray]:
+        wide = x if x.dtype.kind == "f" and x.dtype.itemsize > 2 else x.astype(np.float32)
+        return (np.asarray(np.linalg.det(wide), x.dtype),)
+
+
+class GlobalLpPool(OpRun):
+    """The p-norm of each channel."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, p: int = 2) -> tuple[np.ndarray]:
+        axes = tuple(range(2, x.ndim))
+        return (((np.abs(x) ** p).sum(axis=axes, keepdims=True) ** (1.0 / p)).astype(x.dtype),)
+
+
+class MaxRoiPool(OpRun):
+    """The maximum of each bin of each region; 0 where a bin lies outside the image.
+
+    A region's corners are rounded to pixels, half away from 0, and both are inside it; a bin reaches over every pixel
+    that it touches.
+    """
+
+    op_domain = ""
+
+    def _run(
+        self, x: np.ndarray, rois: np.ndarray, pooled_shape: Any = None, spatial_scale: float = 1.0
+    ) -> tuple[np.ndarray]:
+        y = np.zeros((len(rois), x.shape[1], *pooled_shape), x.dtype)
+        for k, (image, *corners) in enumerate(rois):
+            left, top, right, bottom = (int(np.floor(c * spatial_scale + 0.5)) for c in corners)
+            for at in np.ndindex(*pooled_shape):
+                window = []
+                for axis, (first, last) in enumerate(((top, bottom), (left, right))):
+                    size = max(last - first + 1, 1) / pooled_shape[axis]
+                    ends = first + math.floor(at[axis] * size), first + math.ceil((at[axis] + 1) * size)
+                    window.append(slice(*np.clip(ends, 0, x.shape[2 + axis])))
+                part = x[int(image)][:, *window]
+                if part.size:
+                    y[(k, slice(None), *at)] = part.max(axis=(1, 2))
+        return (y,)
+
+
+class Optional(OpRun):
+    """An optional is what it holds: the evaluator's own wraps it in a list, which only some operators take off."""
+
+    op_domain = ""
+
+    def _run(self, x: Any = None, type: Any = None) -> tuple[Any]:
+        return (x,)
+
+
+class OptionalGetElement(OpRun):
+    """What the optional holds."""
+
+    op_domain = ""
+
+    def _run(self, x: Any) -> tuple[Any]:
+        return (x,)
 
 
 class BatchNormalization(OpRun):
@@ -175,7 +241,8 @@ class DeformConv(OpRun):
 
 #: For ``ReferenceEvaluator(model, new_ops=REPAIRED)``.
 REPAIRED: list[type[OpRun]] = [
-    *RECURRENT, Adam, BatchNormalization, DeformConv, Erf, GatherElements, Gelu, GridSample, LRN, LpNormalization, Mean
+    *RECURRENT, Adam, BatchNormalization, DeformConv, Det, Erf, GatherElements, Gelu, GlobalLpPool, GridSample, LRN,
+    LpNormalization, MaxRoiPool, Mean, Optional, OptionalGetElement,
 ]  # fmt: skip
 
 

@@ -167,3 +167,61 @@ def test_a_model_with_a_wrong_inner_shape_is_inferred_anew():
     proto = model(SKIP)
     proto.graph.value_info.append(onnx.helper.make_tensor_value_info("h1", 1, ["N", 9]))
     assert zilc.levelize(proto).report["levels"] == 6
+
+
+def test_older_ways_to_place_pixels_keep_their_meaning():
+    """Opset 10's nearest pixel is the one below, and above where the axis shrinks; here one axis each, scales fed."""
+    text = """<ir_version: 5, opset_import: ["" : 10]>
+    g (float[1,1,5,2] x, float[4] s) => (float[1,1,M,N] y) { y = Resize<mode="nearest">(x, s) }"""
+    proto = onnx.parser.parse_model(text)
+    x = RNG.standard_normal((1, 1, 5, 2)).astype("f")
+    given = {"x": x, "s": np.float32([1, 1, 0.6, 2.5])}
+    expected = executor(proto)(given)["y"]
+    assert np.array_equal(expected[0, 0], x[0, 0][[0, 2, 4]][:, [0, 0, 0, 1, 1]])
+    assert np.array_equal(executor(zilc.levelize(proto).model)(given)["y"], expected)
+
+
+@pytest.mark.parametrize("how", ['nearest_mode = "ceil"', 'mode = "linear"'])
+def test_a_way_to_place_pixels_that_is_gone_is_refused(how):
+    text = f"""<ir_version: 6, opset_import: ["" : 11]>
+    g (float[1,1,4,4] x) => (float[1,1,M,N] y) <float[0] r = {{}}, float[4] s = {{1, 1, 2, 2}}> {{
+      y = Resize<coordinate_transformation_mode = "tf_half_pixel_for_nn", {how}>(x, r, s) }}"""
+    with pytest.raises(ModelError, match="no opset from 13 on has"):
+        zilc.levelize(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize("kind", ["double", "float16", "float"])
+def test_bounds_that_became_operands_have_the_type_of_the_data(kind):
+    text = f"""<ir_version: 3, opset_import: ["" : 7]>
+    g ({kind}[2,3] x) => ({kind}[2,4] y) {{ a = Clip<min=-0.5>(x)  y = Pad<pads=[0,0,0,1], value=0.25>(a) }}"""
+    made = zilc.levelize(onnx.parser.parse_model(text)).model
+    x = RNG.standard_normal((2, 3)).astype({"float": "f"}.get(kind, kind))
+    expected = np.concatenate([np.maximum(x, -0.5), np.full((2, 1), 0.25)], axis=1)
+    assert np.array_equal(executor(made)({"x": x})["y"], expected.astype(x.dtype))
+
+
+def test_what_an_older_operator_does_not_take_goes_through_the_function_body():
+    """Celu takes float64 from opset 28 on."""
+    text = '<ir_version: 13, opset_import: ["" : 28]> g (double[2,3] x) => (double[2,3] y) { y = Celu<alpha=0.7>(x) }'
+    made = zilc.levelize(onnx.parser.parse_model(text)).model
+    assert made.opset_import[0].version == 26
+    x = RNG.standard_normal((2, 3))
+    expected = np.maximum(x, 0) + np.minimum(0, 0.7 * np.expm1(x / 0.7))
+    assert np.allclose(executor(made)({"x": x})["y"], expected, rtol=1e-6)  # the attribute is float32
+
+
+@pytest.mark.parametrize("wrong", [("h", [2, 9]), ("b", [4, 9]), ("b", [4, 2, 1])])
+def test_a_wrong_inner_shape_is_named_and_takes_no_other_with_it(wrong):
+    """What the file alone can say, the rank of a Reshape to a shape fed at run time, is still believed."""
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[2,4] x, int64[r] s, int64[2] i) => (float[2,3] y) <float[4,3] w> {
+      a = Reshape(x, s)  b = Gather(a, i)  t = ReduceSum<keepdims=0>(b)  h = MatMul(x, w)  y = Add(h, t) }"""
+    proto = model(text)
+    with pytest.raises(ModelError, match="tensor 'a': the number of dimensions is unknown"):
+        zilc.emit_training(proto, wrt=["x"], outputs="grad")
+    for name, shape in (("a", [4, 2]), wrong):
+        proto.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, shape))
+    step = zilc.emit_training(proto, wrt=["x"], outputs="grad")
+    said = [line for line in step.report["notes"] if "the file says its shape" in line]
+    assert len(said) == 1
+    assert f"tensor '{wrong[0]}': the file says its shape is {wrong[1]}" in said[0]

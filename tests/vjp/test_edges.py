@@ -73,9 +73,8 @@ def _run(
 ) -> dict[int, np.ndarray]:
     typed = [x.astype(dtype) if x.dtype.kind == "f" else x for x in inputs]
     outputs = 2 if op == "Split" else 1
-    # onnxruntime leaves what a Conv over 0 channels makes unset: the weights' gradient of an empty batch; and its
-    # ScatterElements has no float16.
-    lacking = (op == "Conv" and not len(inputs[0])) or (op == "Gather" and dtype == np.float16)
+    # onnxruntime leaves what a Conv over 0 channels makes unset: the weights' gradient of an empty batch.
+    lacking = op == "Conv" and not len(inputs[0])
     executor = "reference" if lacking else "onnxruntime"
     return cotangents_of(
         op, typed, attrs, constant=constant, outputs=outputs, symbolic=symbolic, executor=executor

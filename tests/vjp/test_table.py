@@ -19,10 +19,10 @@ from zilc.testing import op_model, run, vjp_model
 from zilc.vjp import composite, table
 from zilc.vjp.table import TABLE, Rule
 
-#: The modules of cases: all families, but not the derived rules (their cases set written rules aside).
-FAMILIES = sorted(
-    p.stem for p in Path(__file__).parent.glob("test_*.py") if p.stem not in ("test_table", "test_composite")
-)
+#: Modules that are no family: this one, two that sweep over the cases of all, and the derived rules, whose cases set
+#: written rules aside.
+_OTHERS = ("test_table", "test_composite", "test_opsets", "test_low_precision")
+FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("test_*.py") if p.stem not in _OTHERS)
 CASES: list[Case] = [case for family in FAMILIES for case in importlib.import_module(f"tests.vjp.{family}").CASES]
 NEWEST = onnx.defs.onnx_opset_version()
 

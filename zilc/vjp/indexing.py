@@ -48,7 +48,7 @@ def scatter_add(
             shape = op.Concat(*(op.dim_of(g, k) if k != axis else size for k in range(rank)), axis=0)
     column = op.Unsqueeze(index, list(range(1, rank - axis))) if axis + 1 < rank else index  # [n, 1, ...]
     where = op.Expand(column, op.shape_of(g)) if rank > 1 else index
-    return op.ScatterElements(op.Expand(op.scalar_like(0, g), shape), where, g, axis=axis, reduction="add")
+    return op.add_at(op.Expand(op.scalar_like(0, g), shape), where, g, axis=axis)
 
 
 def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> Any:
@@ -143,7 +143,7 @@ def _merge(op: Emitter, g: gs.Tensor, axis: int, count: int) -> gs.Tensor:
 
 
 def _gather_elements(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> Any:
-    return op.ScatterElements(op.zeros_like(x), index, g, axis=axis, reduction="add")
+    return op.add_at(op.zeros_like(x), index, g, axis=axis)
 
 
 def _gather_nd(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, batch_dims: int) -> Any:
@@ -189,7 +189,7 @@ def _gather_nd(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, batch_dims: i
     updates = op.Reshape(g, op.Concat(op.Shape(row), width, axis=0), allowzero=1)
     where = op.Expand(op.Unsqueeze(row, [1]), op.Shape(updates))
     zeros = op.Expand(op.scalar_like(0, g), flat_shape)
-    return reshape_like(op, op.ScatterElements(zeros, where, updates, axis=0, reduction="add"), x)
+    return reshape_like(op, op.add_at(zeros, where, updates, axis=0), x)
 
 
 defvjp("Gather", _gather, None)

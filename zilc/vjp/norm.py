@@ -388,9 +388,10 @@ def _lrn(
 
 def _window_mean(op: Emitter, t: Any, size: int, before: int, after: int) -> gs.Tensor:
     """Sum over channels c - before .. c + after, divided by ``size``; outside there are zeros."""
-    image = op.Unsqueeze(op.Reshape(t, [0, 0, -1]), [1])  # [N, 1, C, the rest]
+    # Before opset 22 no AveragePool takes bfloat16, which a sum of squares is ill served by anyway.
+    image = op.Unsqueeze(op.Reshape(op.widened(t), [0, 0, -1]), [1])  # [N, 1, C, the rest]
     pooled = op.AveragePool(image, kernel_shape=[size, 1], pads=[before, 0, after, 0], count_include_pad=1)
-    return op.Reshape(pooled, op.shape_of(t))
+    return op.cast(op.Reshape(pooled, op.shape_of(t)), op.dtype(t))
 
 
 def _power(op: Emitter, s: Any, beta: float) -> gs.Tensor:

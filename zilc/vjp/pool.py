@@ -94,8 +94,9 @@ def max_by_indices(
         total = op.Reshape(op.Size(x), [1])
     zero = op.Expand(op.constant(np.zeros(1, op.dtype(x))), total)
     # Where windows do not overlap an element is pointed at once, and overwriting is enough.
-    reduction = None if _disjoint(window) else "add"
-    flat = op.ScatterElements(zero, op.Reshape(indices, [-1]), op.Reshape(g, [-1]), axis=0, reduction=reduction)
+    where, updates = op.Reshape(indices, [-1]), op.Reshape(g, [-1])
+    put = op.ScatterElements if _disjoint(window) else op.add_at
+    flat = put(zero, where, updates, axis=0)
     d = op.Reshape(flat, turned)
     return op.Transpose(d, perm=order) if order != sorted(order) else d
 

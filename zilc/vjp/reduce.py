@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from zilc import onnx_io
 from zilc.emit import Emitter
 from zilc.vjp.table import defvjp, no_gradient
 
@@ -110,16 +111,8 @@ def _reduce_log_sum_exp(
     op: Emitter, g: Any, y: Callable[[], Any], x: Any, axes: Any, again: dict[str, int]
 ) -> gs.Tensor:
     """softmax(x) g.  Where all of x is -inf, so is y; a finite stand-in gives 0 instead of -inf - -inf."""
-    lowest = float(_finfo_min(op.dtype(x)))
+    lowest = onnx_io.lowest(op.dtype(x))
     return op.Mul(g, op.Exp(op.Sub(x, op.Max(y(), lowest))))
-
-
-def _finfo_min(dtype: np.dtype) -> float:
-    if dtype.kind == "f":
-        return float(np.finfo(dtype).min)
-    import ml_dtypes  # bfloat16 is no dtype of numpy's own
-
-    return float(ml_dtypes.finfo(dtype).min)
 
 
 _reduction("ReduceSum", _reduce_sum)
@@ -255,9 +248,7 @@ def _weights_cotangent(
     if ignore_index is not None:
         share = op.Where(op.Equal(op.cast(labels, np.int64), ignore_index), 0.0, share)
     flat = op.constant(np.asarray([-1], np.int64))
-    return op.ScatterElements(
-        op.zeros_like(weights), op.Reshape(index, flat), op.Reshape(share, flat), axis=0, reduction="add"
-    )
+    return op.add_at(op.zeros_like(weights), op.Reshape(index, flat), op.Reshape(share, flat), axis=0)
 
 
 def _cross_entropy_scores(

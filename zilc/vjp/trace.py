@@ -86,7 +86,9 @@ def traced(op_type: str, forward: Forward, operands: Sequence[int], *, count: in
     def formula(k: int) -> Callable[..., gs.Tensor | None]:
         def back(op: Emitter, g: Any, y: Any, *given: Any, **attrs: Any) -> gs.Tensor | None:
             operands, x = told_apart(op, given, k)
-            return through(op, forward(op, *operands, **attrs), x, g)
+            # Places in an image, and their number, are beyond what half precision can tell apart.
+            y = forward(op, *(None if t is None else op.widened(t) for t in operands), **attrs)
+            return through(op, y, x, op.cast(g, op.dtype(y)))
 
         return back
 
