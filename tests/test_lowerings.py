@@ -62,8 +62,9 @@ def test_metadata_say_which_was_taken() -> None:
     assert data["costs"] == "fitted"
     taken = {kind: set(row) for kind, row in data["taken"].items()}
     assert taken == _noted(step.model)
-    assert set(taken) == {"Conv.weight", "Conv.image", "MaxPool.x", "BatchNormalization.scale"}
-    assert sum(data["taken"]["Conv.weight"].values()) == 20
+    weights = {"Conv.weight", "Conv.weight, strided", "Conv.weight, pointwise, strided"}
+    assert set(taken) == {*weights, "Conv.image", "Conv.image, strided", "Conv.image, pointwise, strided", "MaxPool.x"}
+    assert sum(sum(data["taken"][kind].values()) for kind in weights) == 20
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -98,7 +99,8 @@ def test_every_choice_is_right(batch: int) -> None:
                 # Float32 sums in another order, through 20 layers.
                 assert np.abs(gradient - truth[leaf]).max() <= 1e-4 * size, (kind, name, leaf)
     assert {kind: len(names) for kind, names in offered.items()} == {
-        "Conv.weight": 6, "Conv.image": 2, "MaxPool.x": 2, "BatchNormalization.scale": 2,
+        "Conv.weight": 8, "Conv.weight, strided": 6, "Conv.weight, pointwise, strided": 4, "Conv.image": 2,
+        "Conv.image, strided": 2, "Conv.image, pointwise, strided": 2, "MaxPool.x": 2,
     }  # fmt: skip
 
 

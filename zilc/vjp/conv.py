@@ -453,7 +453,19 @@ def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tenso
         name: Lowering(functools.partial(_bind_weight, lowering, window), work)
         for name, (lowering, work) in weight_lowerings(op, image, w, window).items()
     }
-    return op.lowerings.emit(op, "Conv.weight", window.site, [image, map_, w], candidates)
+    kind = f"Conv.weight{_class(op, w, window)}"
+    return op.lowerings.emit(op, kind, window.site, [image, map_, w], candidates)
+
+
+def _class(op: Emitter, w: gs.Tensor, window: Window) -> str:
+    """What sets convolutions apart whose costs are fitted apart."""
+    dims = op.dims(w)
+    depthwise = window.group > 1 and dims is not None and dims[1] == 1
+    pointwise = window.kernel is not None and all(k == 1 for k in window.kernel)
+    strided = any(s > 1 for s in window.strides)
+    return "".join(
+        f", {word}" for word, so in (("depthwise", depthwise), ("pointwise", pointwise), ("strided", strided)) if so
+    )
 
 
 def _bind_weight(
@@ -609,7 +621,8 @@ def image_cotangent(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor
         name: Lowering(functools.partial(_bind_image, lowering, window), work)
         for name, (lowering, work) in image_lowerings(op, map_, w, image, window).items()
     }
-    return op.lowerings.emit(op, "Conv.image", window.site, [map_, w, image], candidates)
+    kind = f"Conv.image{_class(op, w, window)}"
+    return op.lowerings.emit(op, kind, window.site, [map_, w, image], candidates)
 
 
 def _bind_image(

@@ -8,8 +8,6 @@ r = 1/sqrt(var + epsilon), and g already multiplied by the scale,
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.lowerings import Lowering, assumed
 from zilc.vjp.table import defvjp, unbroadcast
 
 # -- shared --
@@ -79,30 +76,6 @@ def _other_axes(rank: int) -> list[int]:
 def _sum_to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
     """Sum over all axes but the channels'; [C]."""
     return op.ReduceSum(t, _other_axes(rank), keepdims=0 if rank > 1 else 1)
-
-
-def _channel_dots(op: Emitter, a: Any, b: Any, rank: int) -> gs.Tensor:
-    """Sum of a b over all axes but the channels'; [C]."""
-    sizes = assumed(op, a)
-    candidates = {"multiply and sum": Lowering(functools.partial(_dots_by_sum, rank), {})}
-    if rank > 2 and sizes is not None and math.prod(sizes):
-        work = {"elements": math.prod(sizes), "products": sizes[0] * sizes[1]}
-        candidates = {
-            "multiply and sum": Lowering(functools.partial(_dots_by_sum, rank), work),
-            "dot products": Lowering(functools.partial(_dots_by_product, sizes), work),
-        }
-    return op.lowerings.emit(op, "BatchNormalization.scale", "", [a, b], candidates)
-
-
-def _dots_by_sum(rank: int, op: Emitter, a: Any, b: Any) -> gs.Tensor:
-    return _sum_to_channels(op, op.Mul(a, b), rank)
-
-
-def _dots_by_product(sizes: tuple[int, ...], op: Emitter, a: Any, b: Any) -> gs.Tensor:
-    """A row by a column for each example and channel, added over examples: no product as large as a and b."""
-    length = math.prod(sizes[2:])
-    row, column = op.Reshape(a, [0, 0, 1, length]), op.Reshape(b, [0, 0, length, 1])
-    return op.ReduceSum(op.MatMul(row, column), [0, 2, 3], keepdims=0)
 
 
 # -- BatchNormalization --
@@ -186,7 +159,7 @@ def _batch_scale(
     else:
         mean, variance = (op.cast(t, op.dtype(x)) for t in (mean, variance))
         centred = op.Sub(x, _channels(op, mean, rank))
-        summed = _channel_dots(op, g, centred, rank)
+        summed = _sum_to_channels(op, op.Mul(g, centred), rank)
         summed = op.Mul(summed, _inverse_root(op, variance, epsilon))
     return op.cast(summed, op.dtype(scale))
 
