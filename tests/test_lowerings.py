@@ -41,7 +41,8 @@ def test_costs_are_known_for_every_candidate() -> None:
     assert {kind: set(row) for kind, row in known.items()} == offered
     for kind, row in known.items():
         for name, cost in row.items():
-            assert cost and all(np.isfinite(x) and x >= 0 for x in cost.values()), (kind, name)
+            assert cost, (kind, name)
+            assert all(np.isfinite(x) and x >= 0 for x in cost.values()), (kind, name)
 
 
 def test_the_least_predicted_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

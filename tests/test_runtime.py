@@ -385,7 +385,8 @@ def test_batches_cut_ahead_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert [{**e, "seconds": 0} for e in ahead] == [{**e, "seconds": 0} for e in plain]
     for name, array in first.state.items():
         np.testing.assert_array_equal(second.state[name], array)
-    assert threads and all(name.startswith("zilc-batches") for name in threads)
+    assert threads
+    assert all(name.startswith("zilc-batches") for name in threads)
 
 
 def test_an_error_in_a_batch_cut_ahead_is_raised() -> None:

@@ -48,7 +48,8 @@ IMAGES = [
     (128, 128, 32, 3, 1, 1, 56), (256, 256, 32, 3, 1, 1, 28), (512, 512, 32, 3, 1, 1, 14),
     (32, 32, 32, 3, 1, 1, 112), (96, 96, 96, 3, 2, 1, 112), (144, 144, 144, 3, 1, 1, 56), (192, 192, 192, 3, 1, 1, 28),
     (384, 384, 384, 3, 1, 1, 14), (960, 960, 960, 3, 1, 1, 7), (240, 240, 240, 5, 2, 1, 28),
-    (144, 144, 144, 3, 2, 1, 56), (192, 192, 192, 3, 2, 1, 28), (576, 576, 576, 3, 2, 1, 14), (64, 64, 64, 3, 2, 1, 112),
+    (144, 144, 144, 3, 2, 1, 56), (192, 192, 192, 3, 2, 1, 28), (576, 576, 576, 3, 2, 1, 14),
+    (64, 64, 64, 3, 2, 1, 112),
     (672, 672, 672, 5, 2, 1, 14), (32, 32, 32, 5, 2, 1, 56),
     (512, 1024, 1, 1, 2, 1, 28), (128, 256, 1, 1, 2, 1, 28), (16, 32, 1, 1, 2, 1, 16), (16, 32, 1, 3, 2, 1, 32),
     (32, 64, 1, 3, 2, 1, 16), (64, 64, 1, 2, 2, 1, 56), (3, 96, 1, 4, 4, 1, 224),
@@ -186,8 +187,8 @@ def page(found: Mapping[str, list[dict[str, Any]]], data: Mapping[str, Any]) -> 
     lines = [
         "# Lowerings",
         "",
-        "Made by `make lowerings`. Where a gradient can be emitted in several ways, the one of the least predicted time",
-        "is taken: counts of work times costs that were fitted to these measurements (`zilc/lowerings.json`).",
+        "Made by `make lowerings`. Where a gradient can be emitted in several ways, the one of the least predicted",
+        "time is taken: counts of work times costs that were fitted to these measurements (`zilc/lowerings.json`).",
         "`--tune` measures on your own machine instead. Milliseconds in onnxruntime, medians of interleaved runs, all",
         "candidates of a site in turns; the chosen one is in bold. *lost* is the time of the choice over that of the",
         "fastest, as a geometric mean over sites; *left out* is the same on sites that were not fitted, a sixth at a",
@@ -262,8 +263,8 @@ def main() -> None:
     data = {"facts": facts, "quality": quality}
     text = page(found, data)
     if options.write:
-        merged = {**old["costs"].get("cpu", {}), **costs}
-        COSTS.write_text(json.dumps({"facts": {"cpu": facts}, "costs": {"cpu": merged}}, indent=1, sort_keys=True) + "\n")
+        merged = {"facts": {"cpu": facts}, "costs": {"cpu": {**old["costs"].get("cpu", {}), **costs}}}
+        COSTS.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
         PAGE.write_text(text)
     else:
         print(text)

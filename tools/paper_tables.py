@@ -73,8 +73,8 @@ TABLE_3: dict[str, dict[str, Any]] = {
     "IL": {"algorithm": "il"},
     "IL, fixed predictions": {"algorithm": "il", "fixed_predictions": True, "gamma": 1.0, "steps": "K"},
 }
-#: A round of a peer takes about this long, at least one update: short, so that both peers of a round meet the machine at
-#: the same speed, and many.
+#: A round of a peer takes about this long, at least one update: short, so that both peers of a round meet the machine
+#: at the same speed, and many.
 ROUND_MS = 50.0
 #: The slow dynamics are timed for about this long, at least one whole update.
 SLOW_MS = 2000.0
@@ -237,7 +237,8 @@ def timing(name: str, *, rounds: int, sessions: int, peers: list[str], il_steps:
     del pair
     ours, theirs = (optimised_nodes(peer.step.model) for peer in (zil, bp))
     result = {
-        "network": name, "batch": batch, "levels": zil.levels, "providers": zil.providers, "rounds": rounds, "sessions": sessions,
+        "network": name, "batch": batch, "levels": zil.levels, "providers": zil.providers, "rounds": rounds,
+        "sessions": sessions,
         "updates": updates, "nodes": len(ours), "same_nodes": Counter(ours) == Counter(theirs),
         "same_order": ours == theirs, "bp_ms": float(np.median(taken["bp"])), "zil_ms": float(np.median(taken["zil"])),
         "zil_bp": ratio_of(taken["zil"], taken["bp"]),
@@ -255,7 +256,8 @@ def timing(name: str, *, rounds: int, sessions: int, peers: list[str], il_steps:
         result[f"{label}_updates"] = max(1, fitting)
         result[f"{label}_steps"] = slow[label]["steps"]
         result[f"{label}_ms"] = peer.ms(fitting) if fitting else first
-        beside = float(np.median([bp.ms(updates) for _ in range(5)]))  # BP at that time, on a machine whose speed drifts
+        # BP at that time, on a machine whose speed drifts.
+        beside = float(np.median([bp.ms(updates) for _ in range(5)]))
         result[f"{label}_bp"] = result[f"{label}_ms"] / beside
         del peer
         gc.collect()

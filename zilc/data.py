@@ -245,7 +245,8 @@ class Examples:
         return self.count // size if self.fixed is not None else math.ceil(self.count / size)
 
 
-#: Batches of at least this many bytes are cut while the one before is in use; for less a thread costs more than it saves.
+#: Batches of at least this many bytes are cut while the one before is in use; for less a thread costs more than it
+#: saves.
 PREFETCHED = 1 << 20
 
 

@@ -64,7 +64,8 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
     # What the loss and the predictions need comes first: there, and only there, data can be at fault (an index out of
     # range), and then nothing has been written over yet.
     fed_back = {made for _, made in pairs}
-    forward = _ancestors((producer[o.name] for o in graph.output if o.name in producer and o.name not in fed_back), before)
+    results = (o.name for o in graph.output if o.name in producer and o.name not in fed_back)
+    forward = _ancestors((producer[name] for name in results), before)
     while True:
         waits = [set(them) for them in before]
         for name in over:

@@ -109,7 +109,9 @@ class Trainer:
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
-        self._opened = make_training_session(self._model, self._requested, self._pairs, folder=self._folder, where=self._name)
+        self._opened = make_training_session(
+            self._model, self._requested, self._pairs, folder=self._folder, where=self._name
+        )
         self._session = self._opened.session
         self._torn = ""
         self.providers: list[str] = self._session.get_providers()

@@ -496,16 +496,18 @@ def weight_lowerings(
     n, channels = example[:2]
     taps, positions, elements = (math.prod(x) for x in (window.kernel, window.map, window.image))
     weight = math.prod(shape)
-    work = {
+    work: dict[str, float] = {
         "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
         "image": n * channels * elements, "map": n * shape[0] * positions, "weight": weight, "groups": window.group,
     }  # fmt: skip
-    found = {name: (lowering, work) for name, lowering in convs.items()}
-    by_example = {**work, "partial results": n * weight, "products": n * window.group}
+    found: dict[str, tuple[Callable[..., gs.Tensor], dict[str, float]]] = {
+        name: (lowering, work) for name, lowering in convs.items()
+    }
+    by_example: dict[str, float] = {**work, "partial results": n * weight, "products": n * window.group}
     found["columns"] = (weight_by_columns, work)
     found["columns by example"] = (functools.partial(weight_by_columns, batched=True), by_example)
     if taps > 1:
-        apart = {"taps": taps, "kernels": taps * n * window.group}
+        apart: dict[str, float] = {"taps": taps, "kernels": taps * n * window.group}
         found["taps"] = (functools.partial(weight_by_columns, apart=True), {**work, **apart})
         found["taps by example"] = (
             functools.partial(weight_by_columns, apart=True, batched=True), {**by_example, **apart}
@@ -513,7 +515,7 @@ def weight_lowerings(
     if window.rank > 1 and window.kernel[0] > 1 and window.strides[0] == 1:
         # The first axis' taps on the map: k0 copies of the map and K / k0 of the image, instead of K of the image.
         k = window.kernel[0]
-        split = {
+        split: dict[str, float] = {
             **work, "columns": (work["columns"] / k + work["map"] * k) * (window.extent[0] - 1 + window.map[0])
             / window.map[0], "multiply-adds": work["multiply-adds"] * (window.extent[0] - 1 + window.map[0])
             / window.map[0],
@@ -652,12 +654,12 @@ def image_lowerings(
     taps, positions, elements = (math.prod(x) for x in (window.kernel, window.map, window.image))
     weight, channels = math.prod(shape), shape[1] * window.group
     spread = positions * math.prod(window.strides)
-    transposed = {
+    transposed: dict[str, float] = {
         "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
         "image": n * channels * elements, "map": n * shape[0] * positions, "weight": weight,
         "products": n * window.group,
     }  # fmt: skip
-    convolved = {
+    convolved: dict[str, float] = {
         "multiply-adds": n * weight * elements, "columns": n * shape[0] * taps * elements,
         "image": n * channels * elements, "map": n * shape[0] * spread, "weight": weight,
         "products": n * window.group,

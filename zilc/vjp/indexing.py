@@ -71,9 +71,10 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
     sizes = assumed(op, g)
     work: dict[str, float] = {}
     if sizes is not None and math.prod(sizes[1:]):
-        read, width = sizes[0], math.prod(sizes[1:])
-        table = int(rows) * width  # type: ignore[arg-type]
-        work = {"updates": read * width, "table": table, "multiply-adds": read * table, "hot": read * int(rows)}  # type: ignore[arg-type]
+        read, width, count = sizes[0], math.prod(sizes[1:]), int(rows)  # type: ignore[arg-type]
+        work = {
+            "updates": read * width, "table": count * width, "multiply-adds": read * count * width, "hot": read * count,
+        }  # fmt: skip
     candidates = {"scatter": Lowering(_gather_by_scatter, work), "one-hot": Lowering(_gather_by_one_hot, work)}
     if not work:
         candidates = {"scatter": candidates["scatter"]}
