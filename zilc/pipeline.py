@@ -29,6 +29,8 @@ from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
 from zilc.passes.parameters import Selection
 from zilc.passes.prepare import Prepared
+from zilc.passes.recompute import WHERE as BUDGET
+from zilc.passes.recompute import recompute
 from zilc.passes.reverse import reverse_mode
 from zilc.passes.simplify import simplify
 from zilc.passes.spell_out import spell_out
@@ -43,6 +45,7 @@ from zilc.passes.training import (
 )
 from zilc.passes.wavefront import wavefront
 from zilc.report import level_report
+from zilc.sizes import parse_size
 
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
@@ -216,6 +219,7 @@ def emit_training(
     mode: Mode = "eval",
     trace: bool | Sequence[str] = False,
     straight_through: bool = False,
+    memory_budget: int | str | None = None,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -256,6 +260,9 @@ def emit_training(
             signature's ``trace`` names the outputs.
         straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
             were rounded; wavefront and bp only.
+        memory_budget: bytes, or text such as ``512MiB`` or ``1.5GB``, that the activations alive at once may take, beside
+            the graph's inputs and outputs: predictions are dropped and computed again when the wave needs them, with
+            the same bits (:mod:`zilc.passes.recompute`).  Needs sizes for all dimensions; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -268,6 +275,11 @@ def emit_training(
     if straight_through and plan.literal is not None:
         raise OptionError(
             "quantised value nodes cannot move by fractions", where="--straight-through", hint="Use the wavefront."
+        )
+    budget = None if memory_budget is None else parse_size(memory_budget, BUDGET)
+    if budget is not None and plan.literal is not None:
+        raise OptionError(
+            "the literal schedule computes in a Loop, in which nothing is dropped", where=BUDGET, hint="Use the wavefront."
         )
     full = None if trace is False else [] if trace is True else name_list(trace)
     if full is not None and plan.literal is None:
@@ -327,6 +339,11 @@ def emit_training(
     graph.metadata = {**getattr(graph, "metadata", {}), signatures.KEY: signatures.dumps(made)}
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
+    if budget is not None:
+        # What inference found on the finished graph: every size is a number there.
+        made["recompute"] = recompute(graph, budget, onnx_io.shapes(proto)).data()
+        graph.metadata[signatures.KEY] = signatures.dumps(made)
+        proto = _finish(graph, found.prepared)
     report = level_report(found, chosen, plan.identities)
     report["trained"] = [
         {"name": n, "shape": [int(d) for d in found.flow.tensors[n].shape], "level": found.levels.leaves[n],
