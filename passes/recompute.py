@@ -31,8 +31,8 @@ are numbers of a counter.  What a runtime's optimizer would make of the graph mu
    node goes through a Reshape to its own shape, plus a zero that is computed from the error that comes before.  No
    optimizer knows that it is zero, and no runtime can run the node before the error is there.  A Reshape moves nothing.
 2. It fuses operators where nobody else reads what lies between.  A prediction that only the wave read beside its one
-   consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits.  Such a
-   prediction's first element is one term of the zero, which is a second reader.
+   consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits, and so
+   has a normalization with the sum before it.  Such a prediction is read through a Reshape of that kind too.
 3. What had one reader may have been fused with it.  It is never kept in place of its reader, but is run again with it.
 """
 
@@ -534,178 +534,175 @@ def _pruned(problem: Problem, schedule: list[int], budget: int) -> list[int]:
 
 # --- the graph --------------------------------------------------------------------------------------------------
 
+#: Metadata that says which vertex a node belongs to.
+_PLACE = ("zilc.vertex", "zilc.level")
+
 
 def _rewrite(graph: gs.Graph, problem: Problem, schedule: Sequence[int]) -> None:
     """Bring the graph into the order of the schedule, repeated nodes under fresh names and behind barriers (in place)."""
-    Rewriting(graph, problem, schedule).carry_out()
+    graph.nodes = Rewriting(graph, problem, schedule).nodes
 
 
 class Rewriting:
-    """The graph of a schedule, node by node."""
+    """The nodes of a schedule, one after the other."""
 
     def __init__(self, graph: gs.Graph, problem: Problem, schedule: Sequence[int]) -> None:
         self.graph, self.problem, self.schedule = graph, problem, schedule
-        self.op = Emitter(graph, names_of(graph))
-        self.op.forget()
-        self.latest: dict[str, gs.Tensor] = {}
+        self.op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+        #: The new order.
         self.nodes: list[gs.Node] = []
-        #: What was emitted right behind a node, by its number.
-        self.behind: dict[int, list[gs.Node]] = {}
-        self.samples: dict[str, gs.Tensor] = {}
-
-    def carry_out(self) -> None:
-        """Build the new list of nodes."""
-        lonely = self._lonely()
-        place = 0
-        last: int | None = None
-        while place < len(self.schedule):
-            item = self.schedule[place]
-            if item >= 0:
-                node = self.problem.nodes[item]
-                for k, tensor in enumerate(node.inputs):
-                    if tensor.name in self.latest:
-                        node.inputs[k] = self.latest[tensor.name]
-                self.nodes.append(node)
-                if self._paces(node):
-                    last = item
-                place += 1
-                continue
-            end = place
-            while end < len(self.schedule) and self.schedule[end] < 0:
-                end += 1
-            reader = self.problem.nodes[self.schedule[end]]
-            self._segment([~k for k in self.schedule[place:end]], reader, last, lonely)
-            place = end
-        ordered = []
-        for node in self.nodes:
-            ordered.append(node)
-            ordered += self.behind.get(id(node), ())
-        self.graph.nodes = ordered
-
-    def _lonely(self) -> set[str]:
-        """Names whose first run is left with one reader, where there were more."""
-        left = [0] * len(self.problem.names)
-        repeated = [False] * len(self.problem.names)
-        for item in self.schedule:
-            i = item if item >= 0 else ~item
-            names = [t.name for t in self.problem.nodes[i].inputs]
-            for value in self.problem.reads[i]:
-                if not repeated[value]:
-                    left[value] += max(1, names.count(self.problem.names[value]))
+        #: What a tensor is called after its latest run, by its first name.
+        self.latest: dict[str, gs.Tensor] = {}
+        #: Outputs of this segment that wait for its barrier; and those of a Reshape that is a barrier itself, with what
+        #: it reads.
+        self.waiting: set[str] = set()
+        self.reshaped: dict[str, gs.Tensor] = {}
+        self.lonely = self._lonely()
+        self.zero: gs.Tensor | None = None
+        self.pace: tuple[gs.Tensor, gs.Node] | None = None
+        for place, item in enumerate(schedule):
             if item < 0:
-                for write in self.problem.writes[i]:
-                    repeated[write.value] = True
-        return {
-            name for value, name in enumerate(self.problem.names)
-            if repeated[value] and left[value] == 1 < self.problem.readers[value]
-        }  # fmt: skip
+                if place == 0 or schedule[place - 1] >= 0:
+                    self._open_segment()
+                self._repeat(place, problem.nodes[~item])
+            else:
+                self._first(place, problem.nodes[item])
 
-    def _paces(self, node: gs.Node) -> bool:
-        """Whether a recomputed node can be told to wait for this one."""
-        return node.metadata.get("zilc.role") in _PACE and self._sampled(node) is not None
+    def _lonely(self) -> set[tuple[int, int]]:
+        """(place, tensor): the only reader of one run's tensor, where the tensor had several readers before."""
+        problem = self.problem
+        run = [0] * len(problem.names)
+        readers: dict[tuple[int, int], list[int]] = {}
+        for place, item in enumerate(self.schedule):
+            i = item if item >= 0 else ~item
+            operands = [t.name for t in problem.nodes[i].inputs]
+            for value in problem.reads[i]:
+                times = max(1, operands.count(problem.names[value]))  # one that a subgraph captures is no operand
+                readers.setdefault((run[value], value), []).extend([place] * times)
+            for write in problem.writes[i]:
+                run[write.value] = place
+        found = set()
+        for (_, value), places in readers.items():
+            op = problem.nodes[problem.producer[value]].op
+            # A Reshape is fused with no arithmetic; a Transpose is, however many readers it has.
+            if len(places) == 1 < problem.readers[value] and op not in _ALIAS and op != "Transpose":
+                found.add((places[0], value))
+        return found
 
-    def _sampled(self, node: gs.Node) -> gs.Tensor | None:
-        """An output with a first element, not known before the graph runs."""
-        for tensor in node.outputs:
-            dims = self.problem.dims(tensor) if tensor.name in self.problem.number else None
-            if dims and math.prod(dims) and onnx_io.np_dtype(tensor.dtype) is not None:
-                return tensor
-        return None
+    def _first(self, place: int, node: gs.Node) -> None:
+        """A node's first run, on what its operands are called now."""
+        for k, tensor in enumerate(list(node.inputs)):
+            read = self._operand(place, node, tensor)
+            if read is not tensor:
+                node.inputs[k] = read
+        self.nodes.append(node)
+        if node.metadata.get("zilc.role") in _PACE:
+            for tensor in node.outputs:
+                if tensor.name in self.problem.number and self._has_elements(tensor):
+                    self.pace = tensor, node
 
-    def _sample(self, tensor: gs.Tensor, node: gs.Node) -> gs.Tensor:
-        """Whether a tensor's first element is not zero, bool [1]; made right behind the node that makes the tensor."""
-        if tensor.name not in self.samples:
-            op, dims = self.op, self.problem.dims(tensor)
-            assert dims is not None
-            start = len(self.graph.nodes)
-            where = {k.removeprefix("zilc."): v for k, v in node.metadata.items() if k in _PLACE}
-            with op.place(f"{tensor.name}.recompute", **{**where, "role": "recompute"}):
-                first = op.GatherND(tensor, op.constant(np.zeros((1, len(dims)), np.int64)))
-                # Not to a whole number: what NaN becomes there is for each runtime to say.
-                self.samples[tensor.name] = op.Cast(first, to=onnx.TensorProto.BOOL)
-            self.behind.setdefault(id(node), []).extend(self._taken(start))
-        return self.samples[tensor.name]
+    def _operand(self, place: int, node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
+        """What a node reads for ``tensor``, behind a Reshape where it must not be fused with it."""
+        read = self.latest.get(tensor.name, tensor)
+        value = self.problem.number.get(tensor.name, -1)
+        if (place, value) not in self.lonely or node.op in _ALIAS or self.problem.dims(tensor) is None:
+            return read
+        if self.zero is None:
+            # Before the first segment there is nothing to wait for; data will do.
+            start = next((t for t in self.graph.inputs if self._has_elements(t)), None)
+            if start is None:
+                return read
+            with self._place(node):
+                self.zero = self._zero(start)
+        with self._place(node):
+            return self._behind(read, self.zero)
 
-    def _taken(self, start: int) -> list[gs.Node]:
-        """Nodes that the emitter appended to the graph since it had ``start`` nodes."""
-        made = list(self.graph.nodes[start:])
-        del self.graph.nodes[start:]
+    def _place(self, node: gs.Node):
+        """Emitted nodes belong to the vertex of ``node``."""
+        facts = {k.removeprefix("zilc."): v for k, v in node.metadata.items() if k in (*_PLACE, "zilc.step")}
+        return self.op.place(f"{node.name or node.op}.recompute", **{**facts, "role": "recompute"})
+
+    def _has_elements(self, tensor: gs.Tensor) -> bool:
+        dims = self.problem.dims(tensor)
+        return bool(dims) and math.prod(dims or ()) > 0 and onnx_io.np_dtype(tensor.dtype) is not None
+
+    def _take(self) -> None:
+        """What was emitted comes next."""
+        self.nodes += self.op.graph.nodes
+        self.op.graph.nodes = []
+
+    def _zero(self, tensor: gs.Tensor) -> gs.Tensor:
+        """A zero, int64 [1], that is known only once ``tensor`` is: the least of 0 and a number that is 0 or 1."""
+        op, dims = self.op, self.problem.dims(tensor)
+        assert dims is not None
+        first = op.GatherND(tensor, op.constant(np.zeros((1, len(dims)), np.int64)))
+        # To a whole number by way of a truth value: what NaN becomes else is for each runtime to say.
+        number = op.Cast(op.Cast(first, to=onnx.TensorProto.BOOL), to=onnx.TensorProto.INT64)
+        zero = op.Min(number, op.constant(np.zeros(1, np.int64)))
+        self._take()
+        return zero
+
+    def _behind(self, tensor: gs.Tensor, zero: gs.Tensor, shape: gs.Tensor | None = None) -> gs.Tensor:
+        """The tensor, or in the shape of another one, once ``zero`` is known; nothing is copied."""
+        dims = self.problem.dims(tensor if shape is None else shape)
+        assert dims is not None
+        made = self.op.Reshape(tensor, self.op.Add(self.op.constant(np.asarray(dims, np.int64)), zero))
+        made.shape, made.dtype = list(dims), tensor.dtype
+        self._take()
         return made
 
-    def _segment(self, again: list[int], reader: gs.Node, last: int | None, lonely: set[str]) -> None:
-        """The nodes that run again before ``reader``, and the barriers before them."""
-        op, problem = self.op, self.problem
-        start = len(self.graph.nodes)
-        pace = problem.nodes[last] if last is not None else None
-        terms = []
-        if pace is not None:
-            tensor = self._sampled(pace)
-            assert tensor is not None
-            terms.append(self._sample(tensor, pace))
-        for i in again:
-            node = problem.nodes[i]
-            for tensor in node.outputs:
-                if tensor.name in lonely and tensor.name not in self.samples and problem.dims(tensor):
-                    terms.append(self._sample(tensor, node))
-        zero: gs.Tensor | None = None
-        inside: set[str] = set()
-        step = reader.metadata.get("zilc.step")
-        for i in again:
-            node = problem.nodes[i]
-            facts = {k.removeprefix("zilc."): v for k, v in node.metadata.items() if k in _PLACE}
-            operands = [self.latest.get(t.name, t) for t in node.inputs]
-            if terms and not any(t.name in inside for t in operands):
-                with op.place(f"{reader.name}.recompute", **{**facts, "role": "recompute", "step": step}):
-                    zero = self._zero(terms) if zero is None else zero
-                    self._barrier(operands, zero)
-            self._append(start)
-            made = copy_node(node, operands, [self._fresh(t) for t in node.outputs])
-            made.name = op.fresh(f"{node.name or node.op}.recompute")
-            made.metadata = {**made.metadata, "zilc.role": "recompute", **({"zilc.step": step} if step else {})}
-            self.nodes.append(made)
-            for old, new in zip(node.outputs, made.outputs, strict=True):
-                if old.name:
-                    inside.add(new.name)
-                if old.name in problem.number:  # an output of the graph stays anyway
-                    self.latest[old.name] = new
+    def _open_segment(self) -> None:
+        self.waiting, self.reshaped = set(), {}
+        if self.pace is not None:
+            tensor, node = self.pace
+            with self._place(node):
+                self.zero = self._zero(tensor)
 
-    def _append(self, start: int) -> None:
-        self.nodes += self._taken(start)
+    def _repeat(self, place: int, node: gs.Node) -> None:
+        """A node's further run."""
+        operands = [self._operand(place, node, t) for t in node.inputs]
+        made = [self._fresh(t) for t in node.outputs]
+        if not any(t.name in self.waiting for t in operands) and self.zero is not None:
+            entry = operands[0]
+            if node.op in _ALIAS and self.problem.dims(node.outputs[0]) is not None:
+                entry = self.reshaped.get(entry.name, entry)
+                with self._place(node):
+                    waits = self._behind(entry, self.zero, node.outputs[0])
+                self.reshaped[waits.name] = entry
+                self.latest[node.outputs[0].name] = waits
+                return
+            with self._place(node):
+                self._barrier(operands, self.zero)
+        again = copy_node(node, operands, made)
+        again.name = self.op.fresh(f"{node.name or node.op}.recompute")
+        again.metadata = {**again.metadata, "zilc.role": "recompute"}
+        self.nodes.append(again)
+        for old, new in zip(node.outputs, made, strict=True):
+            if old.name:
+                self.waiting.add(new.name)
+            if old.name in self.problem.number:  # an output of the graph stays anyway
+                self.latest[old.name] = new
 
     def _fresh(self, tensor: gs.Tensor) -> gs.Tensor:
         if not tensor.name:
             return gs.Variable.empty()
-        made = gs.Variable(self.op.fresh(f"{tensor.name}.recompute"), tensor.dtype, tensor.shape)
         known = self.problem.dims(tensor)
-        if known is not None:
-            made.shape = list(known)
-        return made
-
-    def _zero(self, terms: Sequence[gs.Tensor]) -> gs.Tensor:
-        """A zero, int64 [1], that no optimizer sees through: the least of 0 and whole numbers that are 0 or 1."""
-        op = self.op
-        flags = terms[0] if len(terms) == 1 else op.Concat(*terms, axis=0)
-        numbers = op.Cast(flags, to=onnx.TensorProto.INT64)
-        least = numbers if len(terms) == 1 else op.ReduceMin(numbers, [0], keepdims=1)
-        return op.Min(least, op.constant(np.zeros(1, np.int64)))
+        shape = tensor.shape if known is None else list(known)
+        return gs.Variable(self.op.fresh(f"{tensor.name}.recompute"), tensor.dtype, shape)
 
     def _barrier(self, operands: list[gs.Tensor], zero: gs.Tensor) -> None:
-        """Let one operand wait for ``zero``: a prediction if there is one, else what the node reads first (in place)."""
-        op = self.op
-        open_to_it = [
+        """Let one operand wait for ``zero`` (in place).
+
+        A parameter if there is one: onnxruntime puts a Reshape of its own before a product whose bias it fuses, and makes
+        one of two that follow each other; at the product's second factor there is none.
+        """
+        found = [
             k for k, t in enumerate(operands)
             if isinstance(t, gs.Variable) and t.name and self.problem.dims(t) is not None
         ]  # fmt: skip
-        if not open_to_it:
+        parameters = [k for k in found if not operands[k].inputs and self.problem.dims(operands[k])]
+        if not parameters and any(t.name in self.reshaped for t in operands):
             return
-        chosen = next((k for k in open_to_it if operands[k].inputs), open_to_it[0])
-        tensor = operands[chosen]
-        dims = self.problem.dims(tensor)
-        assert dims is not None
-        behind = op.Reshape(tensor, op.Add(op.constant(np.asarray(dims, np.int64)), zero))
-        behind.shape, behind.dtype = list(dims), tensor.dtype
-        operands[chosen] = behind
-
-
-#: Metadata that says which vertex a node belongs to.
-_PLACE = ("zilc.vertex", "zilc.level")
+        chosen = next(iter([*parameters, *(k for k in found if operands[k].inputs), *found]), None)
+        if chosen is not None:
+            operands[chosen] = self._behind(operands[chosen], zero)
