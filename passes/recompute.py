@@ -74,6 +74,8 @@ _COSTLY = {
 }  # fmt: skip
 #: An operand that is gone is kept instead of computed again where it is at most this share of what is dropped.
 _KEEP = (0.0, 0.3, 1.0)
+#: Nodes that run again, at most, in times of the graph's: some four forward passes.
+_MOST = 1.0
 #: How many tensors are looked at closely for each move.
 _CLOSELY = 6
 
@@ -367,13 +369,13 @@ class Problem:
 
 
 def _search(problem: Problem, schedule: list[int], budget: int) -> list[int] | None:
-    """Move after move until the peak fits; None where no move helps any more."""
+    """Move after move until the peak fits; None where no move helps any more, or too much would run again."""
     while True:
         found = problem.run(schedule, closely=True)
         if found.peak <= budget:
             return schedule
         better = _best_move(problem, schedule, found, budget)
-        if better is None:
+        if better is None or len(better) > (1 + _MOST) * len(problem.nodes):
             return None
         schedule = better
 
@@ -440,7 +442,10 @@ def _idle(problem: Problem, schedule: list[int], found: Simulated, budget: int) 
             continue  # in use
         reader = places[following]
         previous = places[following - 1] if following else life.start
-        wanted = tuple(dict.fromkeys(value for _, value in life.reads[following:]))
+        # A name that is given to this memory only later comes by itself.
+        wanted = tuple(
+            dict.fromkeys(value for place, value in life.reads[following:] if _made(found, value, place) < reader)
+        )
         needed = _closure(problem, found, number, reader, wanted, keep=_KEEP[1])
         if needed is None:
             continue
@@ -449,6 +454,12 @@ def _idle(problem: Problem, schedule: list[int], found: Simulated, budget: int) 
         candidates.append(_Idle(number, reader, wanted, life.size * gap / cost))
     candidates.sort(key=lambda idle: (-idle.promise, idle.life))
     return candidates
+
+
+def _made(found: Simulated, value: int, place: int) -> int:
+    """Place of the latest run that made a tensor before ``place``."""
+    runs = found.runs[value]
+    return runs[bisect_left(runs, (place, -1)) - 1][0]
 
 
 def _closure(

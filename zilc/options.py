@@ -126,6 +126,12 @@ training = _apply(
     ]
 )  # fmt: skip
 
+#: Gives ``memory_budget``, as text.
+memory_budget = click.option(
+    "--memory-budget", metavar="SIZE",
+    help="Drop predictions and compute them again, bit for bit, so that the activations alive at once fit in SIZE: "
+         "512MiB, 1.5GB, or bytes. Every dimension needs a size (--dim).")  # fmt: skip
+
 #: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
 tracing = _apply(
     [
