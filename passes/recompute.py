@@ -3,11 +3,11 @@ again when the backward wave needs them.
 
 Z-IL's wave goes from the output to the inputs, and a step reads the predictions of the level that it reaches: those of
 the first layers wait longest.  Between the two passes all of them are alive, and their sum is what training needs more
-than inference.  Giving some up for a second run of their operators is rematerialisation: Griewank and Walther ("Revolve",
-ACM TOMS 2000) for chains in reverse mode; Chen, Xu, Zhang and Guestrin ("Training deep nets with sublinear memory
-cost", 2016) for layers of a network in segments; Jain et al. ("Checkmate", MLSys 2020) for any graph, as an integer
-program over a schedule in which operators may occur again; Kirisame et al. ("Dynamic tensor rematerialization", ICLR
-2021) by a heuristic, the tensor of most bytes and longest idleness for the least work.  Here the schedule is
+than inference.  Giving some up for a second run of their operators is rematerialisation: Griewank and Walther
+("Revolve", ACM TOMS 2000) for chains in reverse mode; Chen, Xu, Zhang and Guestrin ("Training deep nets with sublinear
+memory cost", 2016) for layers of a network in segments; Jain et al. ("Checkmate", MLSys 2020) for any graph, as an
+integer program over a schedule in which operators may occur again; Kirisame et al. ("Dynamic tensor rematerialization",
+ICLR 2021) by a heuristic, the tensor of most bytes and longest idleness for the least work.  Here the schedule is
 Checkmate's, a list of operators in which one may stand several times and every read means the latest run before it,
 and the choice is greedy by the measure of the last, held against a simulation before it is taken.
 
@@ -23,16 +23,16 @@ superfluous.  Of the most promising tensors the variants of this move are simula
 most bytes over budget, summed over the nodes, for the least work (operations and bytes moved).  The sum falls with each
 move, so this ends: at the budget, or where no single move helps.
 
-**The same bits.**  The same operators run on the same operands; every emitted operator is deterministic, masks too: they
-are numbers of a counter.  What a runtime's optimizer would make of the graph must stay the same as well, in three ways:
+**The same bits.**  The same operators run on the same operands; every emitted operator is deterministic, masks too:
+they are numbers of a counter.  What a runtime's optimizer makes of the graph must stay the same as well:
 
 1. It may find that an operator stands there twice and merge the two.  It may also run the second one as soon as its
    operands are there, which is in the forward pass.  Both are ruled out by a *barrier*: an operand of a recomputed
    node goes through a Reshape to its own shape, plus a zero that is computed from the error that comes before.  No
    optimizer knows that it is zero, and no runtime can run the node before the error is there.  A Reshape moves nothing.
 2. It fuses operators where nobody else reads what lies between.  A prediction that only the wave read beside its one
-   consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits, and so
-   has a normalization with the sum before it.  Such a prediction is read through a Reshape of that kind too.
+   consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits, and
+   so has a normalization with the sum before it.  Such a prediction is read through a Reshape of that kind too.
 3. What had one reader may have been fused with it.  It is never kept in place of its reader, but is run again with it.
 """
 
@@ -76,8 +76,8 @@ _COSTLY = {
 _KEEP = (0.0, 0.3, 1.0)
 #: Nodes that run again, at most, in times of the graph's: some four forward passes.
 _MOST = 1.0
-#: How many tensors are looked at closely for each move.
-_CLOSELY = 6
+#: How many tensors are looked at closely for each move: fewer in large graphs, where each look takes its time.
+_CLOSELY, _LEAST_CLOSELY, _LOOKS = 6, 2, 4000
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _require_sizes(graph: gs.Graph) -> None:
                 names[f"{size}" if size else f"one of '{tensor.name}' without a name"] = None
     if names:
         known = [name for name in names if " " not in name and name != "?"]
-        hint = f"Fix them: {' '.join(f'--dim {name}=N' for name in known)}." if known else "Export with fixed sizes."
+        hint = f"Fix them: {' '.join(f'--dim {name}=SIZE' for name in known)}." if known else "Export with fixed sizes."
         raise OptionError(f"a budget in bytes needs sizes, and {', '.join(names)} is symbolic", where=WHERE, hint=hint)
 
 
@@ -386,7 +386,7 @@ def _descend(problem: Problem, schedule: list[int], budget: int) -> tuple[list[i
     The steps do not depend on the budget asked for: the least that is named in an error can be reached.
     """
     least = problem.run(schedule).peak
-    share = 0.9
+    share = 0.7
     while least > budget:
         found = _search(problem, schedule, int(least * share))
         if found is None:
@@ -413,10 +413,11 @@ def _best_move(problem: Problem, schedule: list[int], found: Simulated, budget: 
     """The schedule after the move that takes off most bytes over budget for its work."""
     area, work = found.over(budget), problem.work(schedule)
     candidates = _idle(problem, schedule, found, budget)
-    for first in range(0, len(candidates), _CLOSELY):
+    closely = max(_LEAST_CLOSELY, min(_CLOSELY, _LOOKS // len(problem.nodes)))
+    for first in range(0, len(candidates), closely):
         best: list[int] | None = None
         best_score = 0.0
-        for idle in candidates[first : first + _CLOSELY]:
+        for idle in candidates[first : first + closely]:
             for made in _variants(problem, schedule, found, idle):
                 gain = area - problem.run(made).over(budget)
                 # A move that takes work away is as good as one that costs next to nothing.
@@ -517,7 +518,7 @@ def _variants(problem: Problem, schedule: list[int], found: Simulated, idle: _Id
         closures.append(needed)
         rest = schedule[idle.reader :]
         put = schedule[: idle.reader] + [~i for i in needed]
-        variants.append(problem.without_dead(put + rest))
+        variants.append(put + rest)
         leaner = list(rest)
         for i in needed:
             if ~i in leaner:
@@ -529,10 +530,11 @@ def _variants(problem: Problem, schedule: list[int], found: Simulated, idle: _Id
 
 def _pruned(problem: Problem, schedule: list[int], budget: int) -> list[int]:
     """Leave out repeated runs that the budget does not need, the most expensive first."""
-    order = sorted((place for place, item in enumerate(schedule) if item < 0), key=lambda p: -problem.cost[~schedule[p]])
+    again = [place for place, item in enumerate(schedule) if item < 0]
+    again.sort(key=lambda place: -problem.cost[~schedule[place]])
     # A place keeps its meaning while others are left out: items are marked, not removed.
     marked: list[int | None] = list(schedule)
-    for place in order:
+    for place in again:
         item = marked[place]
         if item is None or all(_goes_along(problem, w.value) for w in problem.writes[~item]):
             continue
@@ -550,7 +552,7 @@ _PLACE = ("zilc.vertex", "zilc.level")
 
 
 def _rewrite(graph: gs.Graph, problem: Problem, schedule: Sequence[int]) -> None:
-    """Bring the graph into the order of the schedule, repeated nodes under fresh names and behind barriers (in place)."""
+    """Bring the graph into the order of the schedule; what runs again has fresh names and barriers (in place)."""
     graph.nodes = Rewriting(graph, problem, schedule).nodes
 
 
@@ -704,8 +706,8 @@ class Rewriting:
     def _barrier(self, operands: list[gs.Tensor], zero: gs.Tensor) -> None:
         """Let one operand wait for ``zero`` (in place).
 
-        A parameter if there is one: onnxruntime puts a Reshape of its own before a product whose bias it fuses, and makes
-        one of two that follow each other; at the product's second factor there is none.
+        A parameter if there is one: onnxruntime puts a Reshape of its own before the first factor of a product whose
+        bias it fuses, and makes one of two that follow each other; before a parameter it puts none.
         """
         found = [
             k for k, t in enumerate(operands)

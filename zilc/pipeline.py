@@ -260,9 +260,9 @@ def emit_training(
             signature's ``trace`` names the outputs.
         straight_through: gradients pass QuantizeLinear where it did not saturate, and DequantizeLinear, as if nothing
             were rounded; wavefront and bp only.
-        memory_budget: bytes, or text such as ``512MiB`` or ``1.5GB``, that the activations alive at once may take, beside
-            the graph's inputs and outputs: predictions are dropped and computed again when the wave needs them, with
-            the same bits (:mod:`zilc.passes.recompute`).  Needs sizes for all dimensions; wavefront and bp only.
+        memory_budget: bytes, or text such as ``512MiB`` or ``1.5GB``, that the activations alive at once may take,
+            beside the graph's inputs and outputs: predictions are dropped and computed again when the wave needs them,
+            with the same bits (:mod:`zilc.passes.recompute`).  Needs sizes for all dimensions; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -279,7 +279,9 @@ def emit_training(
     budget = None if memory_budget is None else parse_size(memory_budget, BUDGET)
     if budget is not None and plan.literal is not None:
         raise OptionError(
-            "the literal schedule computes in a Loop, in which nothing is dropped", where=BUDGET, hint="Use the wavefront."
+            "the literal schedule computes in a Loop, in which nothing is dropped",
+            where=BUDGET,
+            hint="Use the wavefront.",
         )
     full = None if trace is False else [] if trace is True else name_list(trace)
     if full is not None and plan.literal is None:

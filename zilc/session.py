@@ -36,7 +36,7 @@ def make_session(model: onnx.ModelProto, providers: Providers, *, folder: str = 
     # walks back from the outputs and keeps more alive: 192 MiB instead of 122 for ResNet18 (64 x 64, batch 32).
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if recomputes(model):
-        # From the second run on onnxruntime would take one block for all that the first one had in pieces, and keep both:
+        # From the second run on onnxruntime would take one block for all that the first had in pieces, and keep both:
         # 418 MiB instead of 258 for a decoder of 6 layers.  The times are alike.
         options.enable_mem_pattern = False
     if onnx_io.holds_float64(model):
