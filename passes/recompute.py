@@ -51,7 +51,7 @@ import onnx_graphsurgeon as gs
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
 from zilc.errors import OptionError
-from zilc.graph import captured, copy_node
+from zilc.graph import INFERENCE, captured, copy_node
 from zilc.sizes import show_size
 
 WHERE = "--memory-budget"
@@ -564,22 +564,27 @@ class Rewriting:
         self.op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
         #: The new order.
         self.nodes: list[gs.Node] = []
-        #: What a tensor is called after its latest run, by its first name.
+        #: What a tensor is called after its latest run, by its first name; and the reverse.
         self.latest: dict[str, gs.Tensor] = {}
+        self.first: dict[str, str] = {}
         #: Outputs of this segment that wait for its barrier; and those of a Reshape that is a barrier itself, with what
         #: it reads.
         self.waiting: set[str] = set()
         self.reshaped: dict[str, gs.Tensor] = {}
         self.lonely = self._lonely()
+        #: What each node reads, by its number, before its inputs are renamed.
+        self.operands = [list(node.inputs) for node in problem.nodes]
+        #: What is of another shape in inference form.
+        self.marked = {t.name for node in problem.nodes if INFERENCE in node.metadata for t in node.outputs}
         self.zero: gs.Tensor | None = None
         self.pace: tuple[gs.Tensor, gs.Node] | None = None
         for place, item in enumerate(schedule):
             if item < 0:
                 if place == 0 or schedule[place - 1] >= 0:
                     self._open_segment()
-                self._repeat(place, problem.nodes[~item])
+                self._repeat(place, ~item)
             else:
-                self._first(place, problem.nodes[item])
+                self._first(place, item)
 
     def _lonely(self) -> set[tuple[int, int]]:
         """(place, tensor): the only reader of one run's tensor, where the tensor had several readers before."""
@@ -602,23 +607,24 @@ class Rewriting:
                 found.add((places[0], value))
         return found
 
-    def _first(self, place: int, node: gs.Node) -> None:
+    def _first(self, place: int, number: int) -> None:
         """A node's first run, on what its operands are called now."""
-        for k, tensor in enumerate(list(node.inputs)):
+        node = self.problem.nodes[number]
+        for k, tensor in enumerate(self.operands[number]):
             read = self._operand(place, node, tensor)
             if read is not tensor:
                 node.inputs[k] = read
         self.nodes.append(node)
         if node.metadata.get("zilc.role") in _PACE:
             for tensor in node.outputs:
-                if tensor.name in self.problem.number and self._has_elements(tensor):
+                if tensor.name in self.problem.number and self._has_elements(tensor) and self._same_shape(tensor):
                     self.pace = tensor, node
 
     def _operand(self, place: int, node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
         """What a node reads for ``tensor``, behind a Reshape where it must not be fused with it."""
         read = self.latest.get(tensor.name, tensor)
         value = self.problem.number.get(tensor.name, -1)
-        if (place, value) not in self.lonely or node.op in _ALIAS or self.problem.dims(tensor) is None:
+        if (place, value) not in self.lonely or node.op in _ALIAS or not self._same_shape(tensor):
             return read
         if self.zero is None:
             # Before the first segment there is nothing to wait for; data will do.
@@ -638,6 +644,11 @@ class Rewriting:
     def _has_elements(self, tensor: gs.Tensor) -> bool:
         dims = self.problem.dims(tensor)
         return bool(dims) and math.prod(dims or ()) > 0 and onnx_io.np_dtype(tensor.dtype) is not None
+
+    def _same_shape(self, tensor: gs.Tensor) -> bool:
+        """Whether it may be reshaped to what it is: its shape is known, and no other one in inference form."""
+        first = self.first.get(tensor.name, tensor.name)
+        return self.problem.dims(tensor) is not None and first not in self.marked
 
     def _take(self) -> None:
         """What was emitted comes next."""
@@ -671,9 +682,10 @@ class Rewriting:
             with self._place(node):
                 self.zero = self._zero(tensor)
 
-    def _repeat(self, place: int, node: gs.Node) -> None:
+    def _repeat(self, place: int, number: int) -> None:
         """A node's further run."""
-        operands = [self._operand(place, node, t) for t in node.inputs]
+        node = self.problem.nodes[number]
+        operands = [self._operand(place, node, t) for t in self.operands[number]]
         made = [self._fresh(t) for t in node.outputs]
         if not any(t.name in self.waiting for t in operands) and self.zero is not None:
             entry = operands[0]
@@ -693,6 +705,7 @@ class Rewriting:
         for old, new in zip(node.outputs, made, strict=True):
             if old.name:
                 self.waiting.add(new.name)
+                self.first[new.name] = old.name
             if old.name in self.problem.number:  # an output of the graph stays anyway
                 self.latest[old.name] = new
 
@@ -710,8 +723,7 @@ class Rewriting:
         bias it fuses, and makes one of two that follow each other; before a parameter it puts none.
         """
         found = [
-            k for k, t in enumerate(operands)
-            if isinstance(t, gs.Variable) and t.name and self.problem.dims(t) is not None
+            k for k, t in enumerate(operands) if isinstance(t, gs.Variable) and t.name and self._same_shape(t)
         ]  # fmt: skip
         parameters = [k for k in found if not operands[k].inputs and self.problem.dims(operands[k])]
         if not parameters and any(t.name in self.reshaped for t in operands):

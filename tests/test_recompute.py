@@ -216,7 +216,8 @@ def test_evaluation_and_export_are_those_without(tmp_path: Path) -> None:
         trainer.step(feeds)
         evaluation = trainer.evaluate(feeds)
         trainer.export(tmp_path / "trained.onnx")
-        found.append((evaluation.loss, evaluation.predictions["logits"].tobytes(), (tmp_path / "trained.onnx").read_bytes()))
+        written = (tmp_path / "trained.onnx").read_bytes()
+        found.append((evaluation.loss, evaluation.predictions["logits"].tobytes(), written))
     assert found[0] == found[1]
 
 
@@ -281,7 +282,10 @@ def test_a_chain_needs_memory_like_the_root_of_its_length() -> None:
     lines = [f"h{k} = MatMul (t{k}, w{k}) t{k + 1} = Tanh (h{k})" for k in range(n)]
     weights = ", ".join(f"float[{width}, {width}] w{k}" for k in range(n))
     step = zilc.emit_training(
-        parsed(f"chain (float[{batch}, {width}] t0) => (float[{batch}, {width}] t{n}) <{weights}> {{ {' '.join(lines)} }}"),
+        parsed(
+            f'<ir_version: 10, opset_import: ["" : 18]> chain (float[{batch}, {width}] t0) => '
+            f"(float[{batch}, {width}] t{n}) <{weights}> {{ {' '.join(lines)} }}"
+        ),
         memory_budget=(2 * 8 + 6) * width * batch * 4,
     )
     found = step.signature["recompute"]
@@ -333,24 +337,30 @@ def test_recomputed_nodes_say_what_they_repeat() -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_onnxruntime_does_not_undo_it(network: str, tmp_path: Path) -> None:
-    """By default its optimizer merges equal operators; all that are repeated must still be there, and be fused as
-    without: the arithmetic that the repeated nodes add in the file is what they add in the optimised graph."""
+    """By default its optimizer merges equal operators, and fuses neighbours.  What is repeated must still be there,
+    made by the operator, fused or not, that makes it without a budget; and so must the first runs."""
     step, without = emitted(network, least(network)), emitted(network)
-    runs = [collections.Counter(n.op_type for n in optimised(s.model, tmp_path).graph.node) for s in (step, without)]
-    again = collections.Counter(n.op_type for n in step.model.graph.node if role(n) == "recompute")
-    added = runs[0] - runs[1]
-    # Barriers, node by node.
-    assert added["GatherND"] == again["GatherND"] > 0
-    assert added["Min"] == again["Min"]
-    # Repeated operators; products may be fused with their bias or a Transpose, as the first ones are.
-    for op in ("Relu", "Tanh", "Softmax", "LayerNormalization", "Conv"):
-        assert added[op] == again[op], op
-    products = ("MatMul", "Gemm", "FusedMatMul")
-    assert sum(added[op] for op in products) - sum((runs[1] - runs[0])[op] for op in products) == sum(
-        again[op] for op in products
-    )
+    makers = []
+    for model in (step.model, without.model):
+        found = optimised(model, tmp_path).graph.node
+        makers.append({name: node.op_type for node in found for name in node.output if name})
+    repeated = {
+        name: re.sub(r"\.recompute(_\d+)?$", "", name)
+        for node in step.model.graph.node
+        if role(node) == "recompute" and not node.name.split("/")[-2].endswith(".recompute")
+        for name in node.output
+    }
+    compared = 0
+    for name, first in repeated.items():
+        if makers[1].get(first, "Reshape") not in ("Transpose", "Reshape"):  # which onnxruntime moves about
+            compared += 1
+            assert makers[0].get(name) == makers[0][first] == makers[1][first], name
+    assert compared > 2
+    zeros = [n for n in step.model.graph.node if n.op_type == "GatherND"]
+    assert {n.output[0] for n in zeros} <= makers[0].keys()
     # Nothing is fused that was not before.
-    assert {op for op in runs[0] if op.startswith(("Skip", "Bias", "Fast", "Quick", "Gelu"))} <= set(runs[1])
+    counts = [collections.Counter(found.values()) for found in makers]
+    assert {op for op in counts[0] if op not in counts[1]} <= {"GatherND", "Cast", "Min"}
 
 
 def test_what_is_repeated_runs_when_the_wave_comes(tmp_path: Path) -> None:
@@ -420,7 +430,9 @@ def test_a_process_takes_less_memory() -> None:
     found = []
     for budget in (None, "20MiB"):
         code = NARROW.format(tools=str(ROOT / "tools"), budget=budget)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
+        )
         growth, loss = done.stdout.split()
         found.append((float(growth), loss))
     (without, loss), (within, same) = found
@@ -491,7 +503,7 @@ def test_the_least_is_no_less_than_what_one_node_needs() -> None:
     "options", [{"schedule": "literal"}, {"algorithm": "il"}], ids=["literal", "il"]
 )
 def test_the_literal_schedule_has_no_budget(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="Loop.*wavefront"):
+    with pytest.raises(OptionError, match=r"Loop.*wavefront"):
         zilc.emit_training(built("mlp"), loss="cross-entropy", memory_budget="1GiB", **options)
 
 
@@ -538,7 +550,8 @@ def test_what_the_runtime_draws_and_what_subgraphs_read_stays() -> None:
     step = zilc.emit_training(model, memory_budget="1GiB")
     graph = onnx_io.to_graph(step.model)
     problem = Problem(graph, onnx_io.shapes(step.model))
-    nodes = [(n.op, may) for n, may in zip(problem.nodes, problem.again, strict=True) if n.metadata["zilc.role"] == "forward"]
+    both = zip(problem.nodes, problem.again, strict=True)
+    nodes = [(node.op, may) for node, may in both if node.metadata["zilc.role"] == "forward"]
     assert ("Tanh", True) in nodes
     assert ("Mul", True) in nodes
     assert {op for op, may in nodes if not may} == {"RandomNormalLike", "If", "Exp"}
