@@ -269,7 +269,7 @@ class Problem:
         shape = known if known is not None else tensor.shape
         if shape is None or not all(isinstance(n, (int, np.integer)) for n in shape):
             return None
-        return tuple(int(n) for n in shape)
+        return tuple(int(n) for n in shape)  # type: ignore[arg-type]
 
     def _may_run_again(self, node: gs.Node, pinned: set[str]) -> bool:
         return (

@@ -360,7 +360,7 @@ def test_onnxruntime_does_not_undo_it(network: str, tmp_path: Path) -> None:
     assert {n.output[0] for n in zeros} <= makers[0].keys()
     # Nothing is fused that was not before.
     counts = [collections.Counter(found.values()) for found in makers]
-    assert {op for op in counts[0] if op not in counts[1]} <= {"GatherND", "Cast", "Min"}
+    assert {op for op in counts[0] if op not in counts[1]} <= {"GatherND", "Cast", "Min", "Add", "Reshape"}
 
 
 def test_what_is_repeated_runs_when_the_wave_comes(tmp_path: Path) -> None:
