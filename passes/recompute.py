@@ -30,6 +30,7 @@ they are numbers of a counter.  What a runtime's optimizer makes of the graph mu
    operands are there, which is in the forward pass.  Both are ruled out by a *barrier*: an operand of a recomputed
    node goes through a Reshape to its own shape, plus a zero that is computed from the error that comes before.  No
    optimizer knows that it is zero, and no runtime can run the node before the error is there.  A Reshape moves nothing.
+   Large nodes of the wave that read predictions alone, a Tanh's derivative among them, get a barrier too.
 2. It fuses operators where nobody else reads what lies between.  A prediction that only the wave read beside its one
    consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits, and
    so has a normalization with the sum before it.  Such a prediction is read through a Reshape of that kind too.
@@ -57,8 +58,10 @@ from zilc.sizes import show_size
 WHERE = "--memory-budget"
 #: Roles of nodes that may run again.
 _AGAIN = frozenset({"forward", "identity", "loss"})
-#: What a recomputed node may follow: the wave, or within the forward pass a prediction.
-_PACE = frozenset({"error", "loss", "forward"})
+#: Roles of the wave's nodes.
+_WAVE = frozenset({"error", "update"})
+#: A node of the wave that reads predictions alone is told to wait where it makes at least this part of the peak.
+_MATTERS = 256
 #: The output is the first input under another name and shape.
 _ALIAS = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 #: Each run draws anew.
@@ -233,8 +236,8 @@ class Problem:
                 readers[tensor.name] = readers.get(tensor.name, 0) + 1
             made = [t for t in node.outputs if t.name]
             fixed = all(isinstance(t, gs.Constant) or t.name in constant for t in operands)
-            if fixed and node.op not in _RANDOM:
-                # Runtimes compute it once, when they load the graph.
+            if fixed and node.op not in _RANDOM and node.op != "Expand":
+                # Runtimes compute it once, when they load the graph; but onnxruntime leaves what grows by it.
                 constant.update(t.name for t in made)
             self.reads.append(list(dict.fromkeys(self.number[t.name] for t in operands if t.name in self.number)))
             writes = []
@@ -576,6 +579,10 @@ class Rewriting:
         self.operands = [list(node.inputs) for node in problem.nodes]
         #: What is of another shape in inference form.
         self.marked = {t.name for node in problem.nodes if INFERENCE in node.metadata for t in node.outputs}
+        #: Tensors that are made only when the wave has begun.
+        self.late: set[str] = set()
+        #: Bytes of a tensor that make a difference.
+        self.matters = problem.run(schedule).peak // _MATTERS
         self.zero: gs.Tensor | None = None
         self.pace: tuple[gs.Tensor, gs.Node] | None = None
         for place, item in enumerate(schedule):
@@ -610,15 +617,32 @@ class Rewriting:
     def _first(self, place: int, number: int) -> None:
         """A node's first run, on what its operands are called now."""
         node = self.problem.nodes[number]
-        for k, tensor in enumerate(self.operands[number]):
-            read = self._operand(place, node, tensor)
+        operands = [self._operand(place, node, t) for t in self.operands[number]]
+        role = node.metadata.get("zilc.role")
+        late = role == "loss" or any(t.name in self.late for t in operands)
+        if not late and role in _WAVE and self.late and self._is_large(number):
+            # It reads predictions alone, and a runtime might run it in the forward pass.
+            with self._place(node):
+                late = self._barrier(node.op, operands, self._paced())
+        for k, (tensor, read) in enumerate(zip(self.operands[number], operands, strict=True)):
             if read is not tensor:
                 node.inputs[k] = read
         self.nodes.append(node)
-        if node.metadata.get("zilc.role") in _PACE:
-            for tensor in node.outputs:
-                if tensor.name in self.problem.number and self._has_elements(tensor) and self._same_shape(tensor):
-                    self.pace = tensor, node
+        if late:
+            self.late.update(t.name for t in node.outputs)
+        for tensor in node.outputs if late or not self.late else ():
+            if tensor.name in self.problem.number and self._has_elements(tensor) and self._same_shape(tensor):
+                self.pace = tensor, node
+
+    def _is_large(self, number: int) -> bool:
+        """Whether a node that is run too early would hold memory that matters; a Transpose is fused as a rule."""
+        made = sum(write.size for write in self.problem.writes[number])
+        return made >= self.matters and self.problem.nodes[number].op != "Transpose"
+
+    def _paced(self) -> gs.Tensor:
+        """A zero that is known once the wave has come as far as this."""
+        assert self.pace is not None
+        return self._zero(self.pace[0])
 
     def _operand(self, place: int, node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
         """What a node reads for ``tensor``, behind a Reshape where it must not be fused with it."""
@@ -678,9 +702,8 @@ class Rewriting:
     def _open_segment(self) -> None:
         self.waiting, self.reshaped = set(), {}
         if self.pace is not None:
-            tensor, node = self.pace
-            with self._place(node):
-                self.zero = self._zero(tensor)
+            with self._place(self.pace[1]):
+                self.zero = self._paced()
 
     def _repeat(self, place: int, number: int) -> None:
         """A node's further run."""
@@ -695,9 +718,10 @@ class Rewriting:
                     waits = self._behind(entry, self.zero, node.outputs[0])
                 self.reshaped[waits.name] = entry
                 self.latest[node.outputs[0].name] = waits
+                self._ran(waits)
                 return
             with self._place(node):
-                self._barrier(operands, self.zero)
+                self._barrier(node.op, operands, self.zero)
         again = copy_node(node, operands, made)
         again.name = self.op.fresh(f"{node.name or node.op}.recompute")
         again.metadata = {**again.metadata, "zilc.role": "recompute"}
@@ -706,8 +730,14 @@ class Rewriting:
             if old.name:
                 self.waiting.add(new.name)
                 self.first[new.name] = old.name
+                self._ran(new)
             if old.name in self.problem.number:  # an output of the graph stays anyway
                 self.latest[old.name] = new
+
+    def _ran(self, tensor: gs.Tensor) -> None:
+        """What runs again once the wave has begun comes late."""
+        if self.late:
+            self.late.add(tensor.name)
 
     def _fresh(self, tensor: gs.Tensor) -> gs.Tensor:
         if not tensor.name:
@@ -716,8 +746,8 @@ class Rewriting:
         shape = tensor.shape if known is None else list(known)
         return gs.Variable(self.op.fresh(f"{tensor.name}.recompute"), tensor.dtype, shape)
 
-    def _barrier(self, operands: list[gs.Tensor], zero: gs.Tensor) -> None:
-        """Let one operand wait for ``zero`` (in place).
+    def _barrier(self, op: str, operands: list[gs.Tensor], zero: gs.Tensor) -> bool:
+        """Let one operand wait for ``zero`` (in place); returns whether one does, or does already.
 
         A parameter if there is one: onnxruntime puts a Reshape of its own before the first factor of a product whose
         bias it fuses, and makes one of two that follow each other; before a parameter it puts none.
@@ -727,7 +757,13 @@ class Rewriting:
         ]  # fmt: skip
         parameters = [k for k in found if not operands[k].inputs and self.problem.dims(operands[k])]
         if not parameters and any(t.name in self.reshaped for t in operands):
-            return
+            return True
         chosen = next(iter([*parameters, *(k for k in found if operands[k].inputs), *found]), None)
         if chosen is not None:
             operands[chosen] = self._behind(operands[chosen], zero)
+        elif op == "Expand" and self._has_elements(operands[1]):  # of a constant: its shape can wait
+            operands[1] = self.op.Add(operands[1], zero)
+            self._take()
+        else:
+            return False
+        return True

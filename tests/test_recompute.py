@@ -237,7 +237,7 @@ def alive(step: zilc.TrainingStep) -> int:
     fixed = {t.name for t in graph.initializer}
     memory: dict[str, str] = {}
     for node in graph.node:
-        if all(name in fixed for name in node.input if name):
+        if all(name in fixed for name in node.input if name) and node.op_type != "Expand":
             fixed.update(node.output)
             continue
         for name in node.output:
