@@ -53,6 +53,7 @@ from zilc import onnx_io
 from zilc.emit import Emitter, names_of
 from zilc.errors import OptionError
 from zilc.graph import INFERENCE, captured, copy_node
+from zilc.passes.simplify import drop_dead
 from zilc.sizes import show_size
 
 WHERE = "--memory-budget"
@@ -142,10 +143,10 @@ def recompute(graph: gs.Graph, budget: int, shapes: Mapping[str, Sequence[int | 
             )
     schedule = _pruned(problem, found, budget)
     peak = problem.run(schedule).peak
-    again = [~item for item in schedule if item < 0]
-    made = sum(size for i in again for _, size, source in problem.writes[i] if source < 0)
+    again = len(schedule) - len(problem.nodes)
+    made = problem.made(schedule) - problem.made(order)
     _rewrite(graph, problem, schedule)
-    return Recomputed(budget, before, peak, len(again), made)
+    return Recomputed(budget, before, peak, again, made)
 
 
 def _require_sizes(graph: gs.Graph) -> None:
@@ -258,6 +259,11 @@ class Problem:
             self.writes.append(writes)
         self.readers = [readers.get(name, 0) for name in self.names]
         self.again = [self._may_run_again(node, pinned) for node in self.nodes]
+        #: Nodes whose first run may be left out where nobody reads it: they make no output of the graph.
+        self.may_go = [
+            self.again[i] and bool(self.writes[i]) and all(t.name in self.number for t in node.outputs if t.name)
+            for i, node in enumerate(self.nodes)
+        ]
         self.cost = [self._cost(node) for node in self.nodes]
 
     def _bytes(self, tensor: gs.Tensor) -> int:
@@ -348,16 +354,20 @@ class Problem:
         return found
 
     def work(self, schedule: Sequence[int]) -> float:
-        """Cost of what runs again."""
-        return sum(self.cost[~item] for item in schedule if item < 0)
+        """Cost of all runs."""
+        return sum(self.cost[item if item >= 0 else ~item] for item in schedule)
+
+    def made(self, schedule: Sequence[int]) -> int:
+        """Bytes of all tensors that are made."""
+        return sum(w.size for item in schedule for w in self.writes[item if item >= 0 else ~item] if w.source < 0)
 
     def without_dead(self, schedule: list[int]) -> list[int]:
-        """The schedule without repeated runs that nobody reads."""
+        """The schedule without runs that nobody reads: a first one neither, which makes of the next one the first."""
         needed = [False] * len(self.names)
         kept = []
         for item in reversed(schedule):
             i = item if item >= 0 else ~item
-            if item < 0 and not any(needed[w.value] for w in self.writes[i]):
+            if (item < 0 or self.may_go[i]) and not any(needed[w.value] for w in self.writes[i]):
                 continue
             for write in self.writes[i]:
                 needed[write.value] = False
@@ -494,7 +504,8 @@ def _closure(
                 stack.append(source)
                 continue
             runs = found.runs[value]
-            life = runs[bisect_left(runs, (place, -1)) - 1][1]
+            earlier = bisect_left(runs, (place, -1))
+            life = runs[earlier - 1][1] if earlier else dropped
             if life == dropped:
                 stack.append(source)
             elif found.lives[life].last < place:
@@ -521,7 +532,7 @@ def _variants(problem: Problem, schedule: list[int], found: Simulated, idle: _Id
         closures.append(needed)
         rest = schedule[idle.reader :]
         put = schedule[: idle.reader] + [~i for i in needed]
-        variants.append(put + rest)
+        variants.append(problem.without_dead(put + rest))
         leaner = list(rest)
         for i in needed:
             if ~i in leaner:
@@ -533,7 +544,13 @@ def _variants(problem: Problem, schedule: list[int], found: Simulated, idle: _Id
 
 def _pruned(problem: Problem, schedule: list[int], budget: int) -> list[int]:
     """Leave out repeated runs that the budget does not need, the most expensive first."""
-    again = [place for place, item in enumerate(schedule) if item < 0]
+    seen: set[int] = set()
+    again = []
+    for place, item in enumerate(schedule):
+        i = item if item >= 0 else ~item
+        if i in seen:
+            again.append(place)
+        seen.add(i)
     again.sort(key=lambda place: -problem.cost[~schedule[place]])
     # A place keeps its meaning while others are left out: items are marked, not removed.
     marked: list[int | None] = list(schedule)
@@ -557,6 +574,7 @@ _PLACE = ("zilc.vertex", "zilc.level")
 def _rewrite(graph: gs.Graph, problem: Problem, schedule: Sequence[int]) -> None:
     """Bring the graph into the order of the schedule; what runs again has fresh names and barriers (in place)."""
     graph.nodes = Rewriting(graph, problem, schedule).nodes
+    drop_dead(graph)  # a Reshape before a barrier, which reads past it
 
 
 class Rewriting:
@@ -694,6 +712,9 @@ class Rewriting:
         """The tensor, or in the shape of another one, once ``zero`` is known; nothing is copied."""
         dims = self.problem.dims(tensor if shape is None else shape)
         assert dims is not None
+        while tensor.inputs and tensor.inputs[0].op in _ALIAS:
+            # onnxruntime makes one Reshape of two, of the second's shape if it is known, and the zero would be gone.
+            tensor = tensor.inputs[0].inputs[0]
         made = self.op.Reshape(tensor, self.op.Add(self.op.constant(np.asarray(dims, np.int64)), zero))
         made.shape, made.dtype = list(dims), tensor.dtype
         self._take()
