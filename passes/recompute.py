@@ -438,7 +438,7 @@ def _best_move(problem: Problem, schedule: list[int], found: Simulated, budget: 
                 if gain > 0 and score > best_score:
                     best, best_score = made, score
         if best is not None:
-            return best
+            return problem.without_dead(best)
     return None
 
 
@@ -532,7 +532,7 @@ def _variants(problem: Problem, schedule: list[int], found: Simulated, idle: _Id
         closures.append(needed)
         rest = schedule[idle.reader :]
         put = schedule[: idle.reader] + [~i for i in needed]
-        variants.append(problem.without_dead(put + rest))
+        variants.append(put + rest)
         leaner = list(rest)
         for i in needed:
             if ~i in leaner:
@@ -546,8 +546,8 @@ def _pruned(problem: Problem, schedule: list[int], budget: int) -> list[int]:
     """Leave out repeated runs that the budget does not need, the most expensive first."""
     seen: set[int] = set()
     again = []
-    for place, item in enumerate(schedule):
-        i = item if item >= 0 else ~item
+    for place, number in enumerate(schedule):
+        i = number if number >= 0 else ~number
         if i in seen:
             again.append(place)
         seen.add(i)
