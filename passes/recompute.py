@@ -62,7 +62,7 @@ _AGAIN = frozenset({"forward", "identity", "loss"})
 #: Roles of the wave's nodes.
 _WAVE = frozenset({"error", "update"})
 #: A node of the wave that reads predictions alone is told to wait where it makes at least this part of the peak.
-_MATTERS = 256
+_MATTERS = 64
 #: The output is the first input under another name and shape.
 _ALIAS = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 #: Each run draws anew.
