@@ -32,8 +32,8 @@ they are numbers of a counter.  What a runtime's optimizer makes of the graph mu
    optimizer knows that it is zero, and no runtime can run the node before the error is there.  A Reshape moves nothing.
    Large nodes of the wave that read predictions alone, a Tanh's derivative among them, get a barrier too.
 2. It fuses operators where nobody else reads what lies between.  A prediction that only the wave read beside its one
-   consumer would have one reader left, and get fused where it was not before: Gelu from its parts has other bits, and
-   so has a normalization with the sum before it.  Such a prediction is read through a Reshape of that kind too.
+   consumer would have one reader left, and get fused where it was not before: a normalization with the sum before it
+   (SkipLayerNormalization) has other bits.  Such a prediction is read through a Reshape of that kind too.
 3. What had one reader may have been fused with it.  It is never kept in place of its reader, but is run again with it.
 """
 

@@ -61,7 +61,7 @@ def convolutional(dtype: str = "float32") -> onnx.ModelProto:
 
 
 def decoder(dtype: str = "float32") -> onnx.ModelProto:
-    """Two blocks with Gelu from its parts, and normalizations behind sums: onnxruntime fuses both where it may."""
+    """Two blocks with Gelu from its parts, and normalizations behind sums, which onnxruntime fuses where it may."""
     return models.build("decoder", batch=4, length=32, vocabulary=64, d_model=32, heads=4, layers=2, dtype=dtype)
 
 

@@ -266,10 +266,12 @@ options.enable_mem_pattern = False
 A barrier is a Reshape of an operand to its own shape plus a zero: the least of 0 and a number that is 0 or 1 and comes
 from an element of the error before it (GatherND, Cast, Cast, Min, Add). A runtime can neither take the second run of an
 operator for the first, nor start it before the wave has come. The same Reshape keeps apart two predictions that would
-be fused only since the wave no longer reads what is between them. What this costs is in the times above; leaving the
-nodes bare and switching off onnxruntime's elimination of common subexpressions was tried first. It has two faults: a
-repeated node is ready in the forward pass, and runs there when a fused node stands later in onnxruntime's order; and
-fusions that appear where a prediction has lost a reader (SkipLayerNormalization, FastGelu) change bits.
+be fused only since the wave no longer reads what is between them. What this costs is in the times above.
+
+Switching off onnxruntime's elimination of common subexpressions would not be enough. A node that reads predictions alone
+is ready in the forward pass, and onnxruntime runs it there wherever a fused node, which it counts among the last, is not
+ready yet: the wave's own nodes of this kind were seen to, a Tanh's derivative among them, and wait at barriers now. And
+where a prediction had lost a reader, a sum was fused with the normalization behind it, which changed bits.
 """
 
 
