@@ -268,10 +268,10 @@ from an element of the error before it (GatherND, Cast, Cast, Min, Add). A runti
 operator for the first, nor start it before the wave has come. The same Reshape keeps apart two predictions that would
 be fused only since the wave no longer reads what is between them. What this costs is in the times above.
 
-Switching off onnxruntime's elimination of common subexpressions would not be enough. A node that reads predictions alone
-is ready in the forward pass, and onnxruntime runs it there wherever a fused node, which it counts among the last, is not
-ready yet: the wave's own nodes of this kind were seen to, a Tanh's derivative among them, and wait at barriers now. And
-where a prediction had lost a reader, a sum was fused with the normalization behind it, which changed bits.
+Switching off onnxruntime's elimination of common subexpressions would not be enough. A node that reads predictions
+alone is ready in the forward pass, and onnxruntime runs it there wherever a fused node, which it counts among the last,
+is not ready yet: the wave's own nodes of this kind were seen to, a Tanh's derivative among them, and wait at barriers
+now. And where a prediction had lost a reader, a sum was fused with the normalization behind it, which changed bits.
 """
 
 
