@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper lowerings scale figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -35,6 +35,9 @@ lowerings: .venv/test.stamp
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write
+
+recompute: .venv/test.stamp
+	.venv/bin/python tools/recompute.py --write
 
 figures: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/figures.py

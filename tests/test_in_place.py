@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 
 import zilc
@@ -112,6 +113,35 @@ def test_a_writer_that_reads_its_value_again_and_again_keeps_two_buffers() -> No
     opened = make_training_session(model, CPU, [("a", "a2"), ("b", "b2")])
     # MatMul reads a while it writes; what Neg reads is not b any more.
     assert opened.over == {"b"}
+
+
+def test_who_reads_a_value_by_another_name_comes_first_too() -> None:
+    """Reshape gives its operand's own memory: what it made of a is read before a is written over."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]> names (float[2, 3] a, float[3, 3] b, float[6] c)
+        => (float[2, 3] a2, float[6] c2) <int64[1] flat = {6}> {
+            a1 = Reshape(a, flat)
+            g = MatMul(a, b)
+            a2 = Sub(a, g)
+            once = Reshape(g, flat)
+            twice = Mul(once, c)
+            d = Mul(a1, twice)
+            c2 = Sub(c, d)
+        }"""
+    )
+    opened = make_training_session(model, CPU, [("a", "a2"), ("c", "c2")])
+    assert opened.over == {"a", "c"}
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3), (3, 3), (6,)))
+    held = {name: ort.OrtValue.ortvalue_from_numpy(value.copy(), "cpu") for name, value in (("a", a), ("c", c))}
+    binding = opened.session.io_binding()
+    binding.bind_cpu_input("b", b)
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(f"{name}2", value)
+    opened.session.run_with_iobinding(binding)
+    np.testing.assert_allclose(held["a"].numpy(), a - a @ b, rtol=1e-5)
+    np.testing.assert_allclose(held["c"].numpy(), c - a.reshape(6) * ((a @ b).reshape(6) * c), rtol=1e-5)
 
 
 def test_one_buffer_serves_both_sets() -> None:

@@ -179,13 +179,15 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @shared.training
 @shared.precision
 @shared.tune
+@shared.memory_budget
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
 @shared.full
 @shared.as_json
 def emit_training(
-    model: str, out: str | None, state: str | None, trace: bool, full: tuple[str, ...], as_json: bool, **given: Any
-) -> None:
+    model: str, out: str | None, state: str | None, memory_budget: str | None, trace: bool, full: tuple[str, ...],
+    as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Emit a graph that computes one training update.
 
     It holds standard ONNX operators alone.  One run is one update: feed each PARAM.next back as PARAM.  The graph's
@@ -196,6 +198,7 @@ def emit_training(
     Example:
         zilc emit-training model.onnx --loss cross-entropy --optimizer adam -o model.step.onnx
         zilc emit-training model.onnx --outputs grad --wrt 'head.*' --state none
+        zilc emit-training model.onnx --dim N=32 --memory-budget 512MiB
     """
     from zilc import pipeline
     from zilc.checkpoint import state_path
@@ -209,7 +212,7 @@ def emit_training(
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
         options = {**shared.selection_of(given), **shared.training_of(given)}
-        own = {key: given[key] for key in ("precision", "tune")}
+        own = {**{key: given[key] for key in ("precision", "tune")}, "memory_budget": memory_budget}
         step = pipeline.emit_training(model, trace=list(full) or trace, **own, **options)
         save_step(step, graph_path, beside)
     from zilc import show
@@ -406,6 +409,7 @@ def trace(
 @shared.training
 @shared.precision
 @shared.tune
+@shared.memory_budget
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
@@ -432,7 +436,7 @@ def train(model: str, data: str, val: str | None, out: str, as_json: bool, **giv
     from zilc import show
     from zilc import train as trainer
 
-    options = {**shared.selection_of(given), **shared.training_of(given)}
+    options = {**shared.selection_of(given), **shared.training_of(given), "memory_budget": given.pop("memory_budget")}
     epochs = given["epochs"]
     with progress("updates") as bar:
 

@@ -23,6 +23,11 @@ import onnx
 _OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,)}
 
 
+#: Operators whose result is their first operand's memory under another name: who reads the one reads the other.  Those
+#: for which onnxruntime declares it (``Alias``), Dropout's inference form among them.
+_ALIAS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Optional", "OptionalGetElement"})
+
+
 @dataclass(frozen=True)
 class Ordered:
     """A graph in an order that allows to write over state.
@@ -58,6 +63,8 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
             readers.setdefault(name, set()).add(i)
             if name in producer:
                 before[i].add(producer[name])
+    for name, _ in pairs:
+        readers[name] = _readers(name, nodes, readers)
     rank = _ranks(nodes, before, original)
     writers = {name: producer[made] for name, made in pairs if made in producer}
     over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, writers)}
@@ -82,6 +89,19 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
     del graph.node[:]
     graph.node.extend(nodes[i] for i in order)
     return Ordered(optimised, frozenset(over), frozenset(harmless))
+
+
+def _readers(name: str, nodes: list[onnx.NodeProto], readers: dict[str, set[int]]) -> set[int]:
+    """Nodes that read a value's memory, under whatever name."""
+    found: set[int] = set()
+    names = [name]
+    while names:
+        for i in readers.get(names.pop(), ()):
+            if i not in found:
+                found.add(i)
+                if nodes[i].op_type in _ALIAS:
+                    names.extend(filter(None, nodes[i].output))
+    return found
 
 
 def _may_write_over(node: onnx.NodeProto, name: str, writers: dict[str, int]) -> bool:

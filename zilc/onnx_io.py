@@ -774,6 +774,19 @@ def _rank_at_least(node: gs.Node) -> list[int | str | None] | None:
     return None
 
 
+def shapes(proto: onnx.ModelProto) -> dict[str, list[int | str | None]]:
+    """Shapes of a model's tensors as far as it states them: numbers, names of symbolic dimensions, None."""
+    found: dict[str, list[int | str | None]] = {}
+    graph = proto.graph
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        kind = info.type.tensor_type
+        if kind.HasField("shape"):
+            found[info.name] = [
+                d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim
+            ]
+    return found
+
+
 def check_full(proto: onnx.ModelProto) -> None:
     """onnx.checker with full checks; what it raises is raised as it is."""
     onnx.checker.check_model(set_aside(proto)[0], full_check=True)

@@ -137,6 +137,12 @@ tune = click.option(
     help="Measure on this machine how gradients are best computed, and remember it for the next time.",
 )
 
+#: Gives ``memory_budget``, as text.
+memory_budget = click.option(
+    "--memory-budget", metavar="SIZE",
+    help="Drop predictions and compute them again, bit for bit, so that the activations alive at once fit in SIZE: "
+         "512MiB, 1.5GB, or bytes. Every dimension needs a size (--dim).")  # fmt: skip
+
 #: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
 tracing = _apply(
     [

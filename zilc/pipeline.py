@@ -33,6 +33,8 @@ from zilc.passes.literal import emit_literal
 from zilc.passes.mixed_precision import LOW
 from zilc.passes.parameters import Selection
 from zilc.passes.prepare import Prepared
+from zilc.passes.recompute import WHERE as BUDGET
+from zilc.passes.recompute import recompute
 from zilc.passes.reverse import reverse_mode
 from zilc.passes.simplify import simplify
 from zilc.passes.spell_out import spell_out
@@ -47,6 +49,7 @@ from zilc.passes.training import (
 )
 from zilc.passes.wavefront import wavefront
 from zilc.report import level_report
+from zilc.sizes import parse_size
 
 Algorithm = Literal["zil", "il", "bp"]
 ScheduleName = Literal["wavefront", "literal"]
@@ -223,6 +226,7 @@ def emit_training(
     straight_through: bool = False,
     precision: Precision = "float32",
     tune: bool | str | os.PathLike[str] = False,
+    memory_budget: int | str | None = None,
     base_dir: str | os.PathLike[str] | None = None,
 ) -> TrainingStep:
     """Emit a graph that computes one Z-IL update, in standard ONNX operators.
@@ -270,6 +274,9 @@ def emit_training(
         tune: where a gradient can be emitted in several ways, measure them on this machine, in onnxruntime's CPU
             provider, instead of trusting the costs that zilc brings along; what was measured is remembered in the
             user's folder for zilc, or in the file named here (:mod:`zilc.lowerings`).
+        memory_budget: bytes, or text such as ``512MiB`` or ``1.5GB``, that the activations alive at once may take,
+            beside the graph's inputs and outputs: predictions are dropped and computed again when the wave needs them,
+            with the same bits (:mod:`zilc.passes.recompute`).  Needs sizes for all dimensions; wavefront and bp only.
         base_dir: folder of external data, for bytes and ModelProto.
 
     Raises:
@@ -282,6 +289,13 @@ def emit_training(
     if straight_through and plan.literal is not None:
         raise OptionError(
             "quantised value nodes cannot move by fractions", where="--straight-through", hint="Use the wavefront."
+        )
+    budget = None if memory_budget is None else parse_size(memory_budget, BUDGET)
+    if budget is not None and plan.literal is not None:
+        raise OptionError(
+            "the literal schedule computes in a Loop, in which nothing is dropped",
+            where=BUDGET,
+            hint="Use the wavefront.",
         )
     full = None if trace is False else [] if trace is True else name_list(trace)
     if full is not None and plan.literal is None:
@@ -354,6 +368,11 @@ def emit_training(
         graph.metadata[LOWERINGS] = json.dumps(lowerings.data(), sort_keys=True)
     contracts.ensure(contracts.standard_operators(graph, _own_domains(found)), "standard_operators")
     proto = _finish(graph, found.prepared)
+    if budget is not None:
+        # What inference found on the finished graph: every size is a number there.
+        made["recompute"] = recompute(graph, budget, onnx_io.shapes(proto)).data()
+        graph.metadata[signatures.KEY] = signatures.dumps(made)
+        proto = _finish(graph, found.prepared)
     report = level_report(found, chosen, plan.identities)
     if found.mixed is not None:
         report["mixed_precision"] = found.mixed.data()

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from zilc.sizes import show_size
+
 #: Wide enough that no line is ever broken where there is no terminal.
 WIDE = 1 << 16
 #: More levels than this are shown in ranges.
@@ -235,6 +237,8 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
     if optimizer and signature["lr"]:
         options = ", ".join(f"{k}={_option(v)}" for k, v in optimizer.items() if k != "name")
         facts["optimizer"] = f"{optimizer['name']} ({options})"
+    if "recompute" in signature:
+        facts["activations"] = _activations(signature["recompute"])
     page.facts({**facts, "graph": f"{graph['nodes']} nodes, opset {graph['opset']}, IR version {graph['ir_version']}"})
     rows = {entry["name"]: entry for entry in report["trained"]}
     if signature["parameters"]:
@@ -256,6 +260,15 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
     _interface(page, signature, graph)
     _notes(page, report)
     page.table("written", [], [[path] for path in data["written"].values() if path])
+
+
+def _activations(found: Mapping[str, int]) -> str:
+    """What recomputation does to the memory, in a line."""
+    peak, without, budget = (show_size(found[key]) for key in ("peak", "peak_without", "budget"))
+    if not found["nodes"]:
+        return f"{peak} at most, within the budget of {budget}; nothing is recomputed"
+    again = f"{found['nodes']} nodes recompute {show_size(found['bytes'])}"
+    return f"{peak} at most, within the budget of {budget}, {without} without; {again}"
 
 
 def _option(value: Any) -> str:
