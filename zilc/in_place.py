@@ -25,7 +25,9 @@ _OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity":
 
 #: Operators whose result is their first operand's memory under another name: who reads the one reads the other.  Those
 #: for which onnxruntime declares it (``Alias``), Dropout's inference form among them.
-_ALIAS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Optional", "OptionalGetElement"})
+_ALIAS = frozenset(
+    {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Optional", "OptionalGetElement"}
+)
 
 
 @dataclass(frozen=True)
