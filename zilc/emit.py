@@ -37,7 +37,8 @@ class Emitter:
     """Appends operators to ``graph``.
 
     Args:
-        graph: receives the nodes; its opset decides nothing here, emitted operators take the form of opset 18.
+        graph: receives the nodes.  Emitted operators take the form of opset 18; the graph's own opset decides only
+            where ONNX Runtime's CUDA provider has no kernel for an operator's later version.
         names: tensor and node names already in use.
         lowerings: chooses where a rule has several; by default the one of the least fitted cost.
     """
@@ -291,7 +292,35 @@ class Emitter:
         known = self.static(x)
         if known is not None:
             return self.constant(np.asarray(np.prod(known, dtype=np.int64), dtype))
-        return self.cast(self.Size(x), dtype)
+        return self.cast(self._size(x, 0), dtype)
+
+    def size_of(self, x: gs.Tensor) -> gs.Tensor:
+        """Number of elements as an int64 tensor of shape [1]: a constant where it is known."""
+        known = self.static(x)
+        if known is not None:
+            return self.constant(np.asarray([np.prod(known, dtype=np.int64)]))
+        return self._size(x, 1)
+
+    def _size(self, x: gs.Tensor, rank: int) -> gs.Tensor:
+        # From opset 19 on a Size runs on the CPU, and all of x would be copied there; a Shape leaves it where it is.
+        if self.graph.opset > 18:
+            return self.ReduceProd(self.Shape(x), keepdims=rank)
+        return self.Reshape(self.Size(x), [1]) if rank else self.Size(x)
+
+    def as_matrix(self, x: gs.Tensor, axis: int) -> gs.Tensor:
+        """``x`` as a matrix: axes before ``axis`` are its rows, the others its columns."""
+        dims = self.dims(x)
+        if self.graph.opset < 21 or dims is None:
+            return self.Flatten(x, axis=axis)
+        # The versions of Flatten from opset 21 on have no CUDA kernel, those of Reshape have.
+        sides = [dims[:axis], dims[axis:]]
+        known = [all(isinstance(n, (int, np.integer)) for n in side) for side in sides]
+        if not all(known) and not any(fixed and np.prod(side) for fixed, side in zip(known, sides, strict=True)):
+            shape = self.Shape(x)
+            parts = [self.Slice(shape, *ends, [0]) for ends in (([0], [axis]), ([axis], [len(dims)]))]
+            return self.Reshape(x, self.Concat(*(self.ReduceProd(p, keepdims=1) for p in parts), axis=0), allowzero=1)
+        numbers = [int(np.prod(side)) if fixed else -1 for fixed, side in zip(known, sides, strict=True)]
+        return self.Reshape(x, numbers, allowzero=1 if 0 in numbers else None)
 
     def _infer(self, x: gs.Variable) -> None:
         """Fill in dtype and shape of an emitted tensor from its producers, nearest first."""

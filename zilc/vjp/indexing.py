@@ -70,7 +70,7 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
     rows = dims[axis] if dims is not None else None
     if axis == 0 and rank > 1 and known(rows) and int(rows) <= ONE_HOT_ROWS:  # type: ignore[arg-type]
         hot = op.cast(op.OneHot(index, np.asarray(int(rows)), np.asarray([0, 1], np.float32), axis=0), op.dtype(g))  # type: ignore[arg-type]
-        flat = g if rank == 2 else op.Flatten(g, axis=1)
+        flat = g if rank == 2 else op.as_matrix(g, 1)
         made = op.MatMul(hot, flat)
         return made if rank == 2 else reshape_like(op, made, x)
     return scatter_add(op, g, index, axis, rank, op.dim_of(x, axis), shape=op.shape_of(x))
@@ -255,8 +255,7 @@ def _compress(op: Emitter, g: Any, y: Any, x: Any, condition: Any, *, axis: int 
     """The chosen places are distinct: nothing is added."""
     chosen = op.Reshape(op.NonZero(condition), [-1])
     if axis is None:
-        size = op.Reshape(op.Size(x), [1])
-        return reshape_like(op, scatter_add(op, g, chosen, 0, 1, size), x)
+        return reshape_like(op, scatter_add(op, g, chosen, 0, 1, op.size_of(x)), x)
     rank = rank_of(op, x)
     return scatter_add(op, g, chosen, axis % rank, rank, op.dim_of(x, axis % rank), shape=op.shape_of(x))
 
