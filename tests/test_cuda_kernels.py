@@ -33,14 +33,14 @@ def _tool() -> Any:
 tool = _tool()
 KERNELS = tool.Kernels.load()
 
-#: Sizes that leave every kind of node in place.
-SMALL: dict[str, dict[str, Any]] = {
-    "mlp3": {"inputs": 8, "hidden": 8},
-    "rnn": {"steps": 2, "hidden": 8},
-    "alexnet": {},
-    "resnet18": {},
-    "transformer": {},
-    "decoder": {},
+#: The benchmark's networks, narrower: a vocabulary stays, for its size decides how an embedding learns.
+NARROW: dict[str, dict[str, Any]] = {
+    "mlp3": {},
+    "rnn": {"steps": 3},
+    "alexnet": {"width": 8, "hidden": 32},
+    "resnet18": {"width": 8},
+    "transformer": {"d_model": 16, "d_ff": 32, "heads": 2},
+    "decoder": {"d_model": 16, "heads": 2, "layers": 2},
 }
 
 DOCUMENT = """
@@ -128,9 +128,9 @@ def test_what_shapes_alone_decide_stays_on_the_host(read: Any) -> None:
             d = Det(y)
         }"""
     )
-    found = {f.op + f.name: f for f in tool.places(model, read)}
-    assert [f.place for f in tool.places(model, read)] == ["cuda", "host", "shape", "cuda", "none"]
-    assert found["Det"].reason == "no kernel of any version or type"
+    found = tool.places(model, read)
+    assert [f.place for f in found] == ["cuda", "host", "shape", "cuda", "none"]
+    assert found[-1].reason == "no kernel of any version or type"
 
 
 # -- zilc's graphs --
@@ -138,7 +138,7 @@ def test_what_shapes_alone_decide_stays_on_the_host(read: Any) -> None:
 
 def _lacking(name: str, optimizer: str = "sgd", opset: int = 18, **how: Any) -> list[str]:
     model = zilc.emit_training(
-        models.build(name, opset=opset, **SMALL[name]), loss="cross-entropy", optimizer=optimizer, **how
+        models.build(name, opset=opset, **NARROW[name]), loss="cross-entropy", optimizer=optimizer, **how
     ).model
     found = tool.examine(model, KERNELS)
     assert {f.role for f in found} >= {"forward", "error", "update", "loss"}
@@ -187,7 +187,7 @@ def test_a_matrix_and_a_size_at_any_opset(shape: list[int | str], axis: int, ops
         t.dtype, t.shape = kind, [None] * rank
     assert opset == 18 or not {"Flatten", "Size"} & {node.op for node in graph.nodes}
     matrix, size, count = run(onnx_io.to_proto(graph), {"x": value}, "onnxruntime")
-    np.testing.assert_array_equal(matrix, value.reshape(int(np.prod(value.shape[:axis])), -1) if value.size else matrix)
-    assert matrix.shape == (np.prod(value.shape[:axis]), np.prod(value.shape[axis:]))
+    sides = int(np.prod(value.shape[:axis])), int(np.prod(value.shape[axis:]))
+    np.testing.assert_array_equal(matrix, value.reshape(sides))
     assert size.tolist() == [value.size]
     assert count == value.size
