@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper scale figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper scale cuda-kernels figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -28,6 +28,10 @@ bench: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 
 paper: .venv/test.stamp
 	.venv/bin/python -W ignore::RuntimeWarning tools/paper_tables.py --write
+
+# What ONNX Runtime's CUDA provider has kernels for, by its document; needs no GPU.
+cuda-kernels: .venv/test.stamp
+	.venv/bin/python -W ignore tools/cuda_kernels.py --write
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,14 @@ def test_no_emitted_node_lacks_a_kernel_in_training_mode() -> None:
 def test_no_emitted_node_lacks_a_kernel_at_opset_22(name: str) -> None:
     """Size and Flatten have none from opset 19 and 21 on: other operators stand for them there."""
     assert _lacking(name, opset=22) == []
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    results = json.loads(tool.JSON.read_text(encoding="utf-8"))
+    assert tool.MARKDOWN.read_text(encoding="utf-8") == tool.markdown(results)
+    assert results["source"] == KERNELS.source
+    written = [(row["network"], row["optimizer"], row["options"]) for row in results["networks"]]
+    assert written == list(tool.variants())
 
 
 # -- what stands for operators without kernels --

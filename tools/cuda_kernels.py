@@ -191,6 +191,17 @@ class Kernels:
         reasons = [self._misfit(row, inputs, outputs) for row in rows]
         return "" if "" in reasons else reasons[0]
 
+    def lost(self) -> dict[int, list[str]]:
+        """Operators with a kernel at the first of :data:`OPSETS`, by the later opset at which they have none."""
+        found: dict[int, list[str]] = {}
+        for op in sorted(self._kernels):
+            if not onnx.defs.has(op, OPSETS[0], ""):
+                continue  # a later operator, or one of ONNX Runtime's own
+            without = [opset for opset in OPSETS if self.why_none(op, opset, [], [])]
+            if without and without[0] != OPSETS[0]:
+                found.setdefault(without[0], []).append(op)
+        return dict(sorted(found.items()))
+
     @staticmethod
     def _misfit(row: Mapping[str, Any], inputs: Sequence[str | None], outputs: Sequence[str | None]) -> str:
         for side, kinds in (("in", inputs), ("out", outputs)):
@@ -358,7 +369,7 @@ def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield name, optimizer, {"precision": "float16"}
     yield "resnet18", "sgd", {"mode": "train"}
     for opset in OPSETS[1:]:
-        for name in ("mlp3", "rnn", "resnet18", "transformer"):
+        for name in ("mlp3", "rnn", "resnet18", "transformer", "decoder"):
             yield name, "sgd", {"opset": opset}
 
 
@@ -452,7 +463,7 @@ def rule_results(kernels: Kernels) -> dict[str, Any]:
     own: set[str] = set()
     cases = later = 0
     for case, symbolic in rule_cases():
-        if case.opset > OPSETS[-1]:
+        if case.opset > OPSETS[0]:
             later += 1
             continue
         cases += 1
@@ -461,7 +472,7 @@ def rule_results(kernels: Kernels) -> dict[str, Any]:
             if f.place == "none" and f.emitted:
                 emitted.setdefault(case.op, collections.Counter())[f"{f.op}: {f.reason}"] += 1
             elif f.place == "none":
-                own.add(f"{case.op} ({f.reason})" if f.op == case.op else f"{case.op} ({f.op}: {f.reason})")
+                own.add(case.op if f.op == case.op else f"{case.op} ({f.op})")
     return {
         "cases": cases,
         "later opset": later,
@@ -492,13 +503,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join([*cells, _listed(row["emitted"]), _listed(row["own"])]) + " |")
     rules = results["rules"]
     lines += [
+        "", "## Opsets", "",
+        f"zilc keeps the model's opset. Operators that have a kernel at opset {OPSETS[0]} and none for the version of "
+        f"a later one, so that `--opset {OPSETS[0]}` is the one for CUDA:", "", "| from opset | operators |", "|--:|---|",
+        *(f"| {opset} | {', '.join(ops)} |" for opset, ops in results["lost"].items()),
         "", "## Rules", "",
-        f"Gradient graphs of the {rules['cases']} cases of the rules' tests, static and symbolic"
-        + (f" ({rules['later opset']} at opsets after {OPSETS[-1]} are left out)" if rules["later opset"] else "")
-        + ". Emitted nodes without a kernel:", "", "| rule of | emitted |", "|---|---|",
+        f"Gradient graphs of {rules['cases']} cases of the rules' tests, static and symbolic, at opset {OPSETS[0]} "
+        f"({rules['later opset']} at later opsets are left out). Emitted nodes without a kernel:", "",
+        "| rule of | emitted |", "|---|---|",
         *(f"| {op} | {_listed(lacking)} |" for op, lacking in rules["emitted"].items()), "",
-        "Operators of the cases that have none themselves, as a model's own nodes:", "",
-        "; ".join(rules["own"]) + ".", "",
+        "Operators of the cases that have none themselves, which are a model's own nodes, not zilc's (ONNX Runtime "
+        "writes out those that are functions):", "", ", ".join(rules["own"]) + ".", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -533,7 +548,8 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # the rules' cases lie among the tests
     kernels = Kernels.load()
     results: dict[str, Any] = json.loads(JSON.read_text()) if options.only and JSON.exists() else {}
-    results.update({"source": kernels.source, "onnxruntime": kernels.version})
+    lost = {str(opset): ops for opset, ops in kernels.lost().items()}
+    results.update({"source": kernels.source, "onnxruntime": kernels.version, "lost": lost})
     if options.only != "rules":
         results["networks"] = network_results(kernels)
     if options.only != "networks":
