@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -245,10 +246,8 @@ def places(model: onnx.ModelProto, kernels: Kernels, roles: Mapping[str, str] | 
         roles: by node name or output name, where the model's metadata do not tell.
     """
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    try:
+    with contextlib.suppress(Exception):  # operators of ONNX Runtime's own: it has written their types itself
         model = onnx.shape_inference.infer_shapes(model, data_prop=False)
-    except Exception:  # operators of ONNX Runtime's own: it has written their types itself
-        pass
     return list(_places(model.graph, opset, kernels, roles or {}, {}, {}))
 
 
@@ -415,7 +414,8 @@ def examine_rule(model: onnx.ModelProto, kernels: Kernels) -> list[Found]:
 
     As the graph stands first, for that is fast; optimised only where something has no kernel then.
     """
-    roles = {name: "forward" for name in ("node", *(o.name for o in model.graph.output if o.name.startswith("y")))}
+    results = [o.name for o in model.graph.output if o.name.startswith("y")]
+    roles = dict.fromkeys(["node", *results], "forward")
     found = places(model, kernels, roles)
     if any(f.place == "none" and f.emitted for f in found):
         try:
@@ -505,7 +505,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [
         "", "## Opsets", "",
         f"zilc keeps the model's opset. Operators that have a kernel at opset {OPSETS[0]} and none for the version of "
-        f"a later one, so that `--opset {OPSETS[0]}` is the one for CUDA:", "", "| from opset | operators |", "|--:|---|",
+        f"a later one, so that `--opset {OPSETS[0]}` is the one for CUDA:", "",
+        "| from opset | operators |", "|--:|---|",
         *(f"| {opset} | {', '.join(ops)} |" for opset, ops in results["lost"].items()),
         "", "## Rules", "",
         f"Gradient graphs of {rules['cases']} cases of the rules' tests, static and symbolic, at opset {OPSETS[0]} "

@@ -9,6 +9,7 @@ is emitted once (every emitted operator is deterministic).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -313,14 +314,14 @@ class Emitter:
         if self.graph.opset < 21 or dims is None:
             return self.Flatten(x, axis=axis)
         # The versions of Flatten from opset 21 on have no CUDA kernel, those of Reshape have.
-        sides = [dims[:axis], dims[axis:]]
-        known = [all(isinstance(n, (int, np.integer)) for n in side) for side in sides]
-        if not all(known) and not any(fixed and np.prod(side) for fixed, side in zip(known, sides, strict=True)):
-            shape = self.Shape(x)
-            parts = [self.Slice(shape, *ends, [0]) for ends in (([0], [axis]), ([axis], [len(dims)]))]
-            return self.Reshape(x, self.Concat(*(self.ReduceProd(p, keepdims=1) for p in parts), axis=0), allowzero=1)
-        numbers = [int(np.prod(side)) if fixed else -1 for fixed, side in zip(known, sides, strict=True)]
-        return self.Reshape(x, numbers, allowzero=1 if 0 in numbers else None)
+        rows, columns = _product(dims[:axis]), _product(dims[axis:])
+        if rows is not None and columns is not None:
+            return self.Reshape(x, [rows, columns], allowzero=None if rows and columns else 1)
+        if rows or columns:  # what is not known follows from the number of elements
+            return self.Reshape(x, [rows or -1, columns or -1])
+        shape = self.Shape(x)
+        sides = (self.Slice(shape, [0], [axis], [0]), self.Slice(shape, [axis], [len(dims)], [0]))
+        return self.Reshape(x, self.Concat(*(self.ReduceProd(d, keepdims=1) for d in sides), axis=0), allowzero=1)
 
     def _infer(self, x: gs.Variable) -> None:
         """Fill in dtype and shape of an emitted tensor from its producers, nearest first."""
@@ -349,6 +350,12 @@ class Emitter:
                     output.dtype = dtype
                 if output.shape is None:
                     output.shape = shape
+
+
+def _product(dims: Sequence[Dim]) -> int | None:
+    """Of dimensions that are all known numbers, else None."""
+    known = [int(n) for n in dims if isinstance(n, (int, np.integer))]
+    return math.prod(known) if len(known) == len(dims) else None
 
 
 def names_of(graph: gs.Graph) -> set[str]:
