@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute cuda-kernels figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -32,6 +32,10 @@ paper: .venv/test.stamp
 # What each lowering of a gradient costs, fitted to measurements: zilc/lowerings.json and docs/LOWERINGS.md.
 lowerings: .venv/test.stamp
 	.venv/bin/python tools/fit_lowerings.py --write
+
+# What ONNX Runtime's CUDA provider has kernels for, by its document; needs no GPU.
+cuda-kernels: .venv/test.stamp
+	.venv/bin/python -W ignore tools/cuda_kernels.py --write
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write

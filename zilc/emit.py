@@ -9,6 +9,7 @@ is emitted once (every emitted operator is deterministic).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -37,7 +38,8 @@ class Emitter:
     """Appends operators to ``graph``.
 
     Args:
-        graph: receives the nodes; its opset decides nothing here, emitted operators take the form of opset 18.
+        graph: receives the nodes.  Emitted operators take the form of opset 18; the graph's own opset decides only
+            where ONNX Runtime's CUDA provider has no kernel for an operator's later version.
         names: tensor and node names already in use.
         lowerings: chooses where a rule has several; by default the one of the least fitted cost.
     """
@@ -304,7 +306,35 @@ class Emitter:
         known = self.static(x)
         if known is not None:
             return self.constant(np.asarray(np.prod(known, dtype=np.int64), dtype))
-        return self.cast(self.Size(x), dtype)
+        return self.cast(self._size(x, 0), dtype)
+
+    def size_of(self, x: gs.Tensor) -> gs.Tensor:
+        """Number of elements as an int64 tensor of shape [1]: a constant where it is known."""
+        known = self.static(x)
+        if known is not None:
+            return self.constant(np.asarray([np.prod(known, dtype=np.int64)]))
+        return self._size(x, 1)
+
+    def _size(self, x: gs.Tensor, rank: int) -> gs.Tensor:
+        # From opset 19 on a Size runs on the CPU, and all of x would be copied there; a Shape leaves it where it is.
+        if self.graph.opset > 18:
+            return self.ReduceProd(self.Shape(x), keepdims=rank)
+        return self.Reshape(self.Size(x), [1]) if rank else self.Size(x)
+
+    def as_matrix(self, x: gs.Tensor, axis: int) -> gs.Tensor:
+        """``x`` as a matrix: axes before ``axis`` are its rows, the others its columns."""
+        dims = self.dims(x)
+        if self.graph.opset < 21 or dims is None:
+            return self.Flatten(x, axis=axis)
+        # The versions of Flatten from opset 21 on have no CUDA kernel, those of Reshape have.
+        rows, columns = _product(dims[:axis]), _product(dims[axis:])
+        if rows is not None and columns is not None:
+            return self.Reshape(x, [rows, columns], allowzero=None if rows and columns else 1)
+        if rows or columns:  # what is not known follows from the number of elements
+            return self.Reshape(x, [rows or -1, columns or -1])
+        shape = self.Shape(x)
+        sides = (self.Slice(shape, [0], [axis], [0]), self.Slice(shape, [axis], [len(dims)], [0]))
+        return self.Reshape(x, self.Concat(*(self.ReduceProd(d, keepdims=1) for d in sides), axis=0), allowzero=1)
 
     def _infer(self, x: gs.Variable) -> None:
         """Fill in dtype and shape of an emitted tensor from its producers, nearest first."""
@@ -333,6 +363,12 @@ class Emitter:
                     output.dtype = dtype
                 if output.shape is None:
                     output.shape = shape
+
+
+def _product(dims: Sequence[Dim]) -> int | None:
+    """Of dimensions that are all known numbers, else None."""
+    known = [int(n) for n in dims if isinstance(n, (int, np.integer))]
+    return math.prod(known) if len(known) == len(dims) else None
 
 
 def names_of(graph: gs.Graph) -> set[str]:

@@ -90,7 +90,7 @@ def _gather_by_one_hot(op: Emitter, g: gs.Tensor, index: gs.Tensor, x: gs.Tensor
     """A product with the one-hot matrix of the index."""
     rows, rank = int(op.dims(x)[0]), rank_of(op, x)  # type: ignore[index, arg-type]
     hot = op.cast(op.OneHot(index, np.asarray(rows), np.asarray([0, 1], np.float32), axis=0), op.dtype(g))
-    made = op.MatMul(hot, g if rank == 2 else op.Flatten(g, axis=1))
+    made = op.MatMul(hot, g if rank == 2 else op.as_matrix(g, 1))
     return made if rank == 2 else reshape_like(op, made, x)
 
 
@@ -273,8 +273,7 @@ def _compress(op: Emitter, g: Any, y: Any, x: Any, condition: Any, *, axis: int 
     """The chosen places are distinct: nothing is added."""
     chosen = op.Reshape(op.NonZero(condition), [-1])
     if axis is None:
-        size = op.Reshape(op.Size(x), [1])
-        return reshape_like(op, scatter_add(op, g, chosen, 0, 1, size), x)
+        return reshape_like(op, scatter_add(op, g, chosen, 0, 1, op.size_of(x)), x)
     rank = rank_of(op, x)
     return scatter_add(op, g, chosen, axis % rank, rank, op.dim_of(x, axis % rank), shape=op.shape_of(x))
 

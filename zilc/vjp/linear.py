@@ -46,7 +46,7 @@ def _matmul_b(op: Emitter, g: Any, y: Any, a: Any, b: Any) -> Any:
 def _rows(op: Emitter, x: gs.Tensor) -> gs.Tensor:
     """``x`` [..., n] as a matrix [rows, n]."""
     rank = rank_of(op, x)
-    return x if rank == 2 else op.Flatten(x, axis=rank - 1)
+    return x if rank == 2 else op.as_matrix(x, rank - 1)
 
 
 def _sum_batch(op: Emitter, g: gs.Tensor, x: gs.Tensor, y: gs.Tensor) -> gs.Tensor:

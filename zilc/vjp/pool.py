@@ -91,7 +91,7 @@ def max_by_indices(
         turned = _int64(op, [known[axis] for axis in order])
         total = _int64(op, [int(np.prod(known))])
     else:
-        total = op.Reshape(op.Size(x), [1])
+        total = op.size_of(x)
     zero = op.Expand(op.constant(np.zeros(1, op.dtype(x))), total)
     # Where windows do not overlap an element is pointed at once, and overwriting is enough.
     where, updates = op.Reshape(indices, [-1]), op.Reshape(g, [-1])

@@ -232,9 +232,10 @@ def _spread(op: Emitter, g: gs.Tensor, axis: int, step: int) -> gs.Tensor:
 
 def _slice_by_index(op: Emitter, g: Any, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
     """Axes or steps known only at run time: slice the numbers of the elements, and put g at the numbers chosen."""
-    numbers = op.Reshape(op.Range(op.constant(np.asarray(0)), op.Size(x), op.constant(np.asarray(1))), op.Shape(x))
+    count = op.count(x, np.int64)
+    numbers = op.Reshape(op.Range(op.constant(np.asarray(0)), count, op.constant(np.asarray(1))), op.Shape(x))
     chosen = op.Slice(numbers, starts, ends, axes, steps)
-    zeros = op.Expand(op.scalar_like(0, g), op.Reshape(op.Size(x), [1]))
+    zeros = op.Expand(op.scalar_like(0, g), op.size_of(x))
     flat = op.ScatterElements(zeros, op.Reshape(chosen, [-1]), op.Reshape(g, [-1]), axis=0)
     return reshape_like(op, flat, x)
 
@@ -245,7 +246,9 @@ defvjp("Slice", _slice, None, None, None, None)
 def pad_index(op: Emitter, x: gs.Tensor, axis: int, pads: gs.Tensor, mode: str) -> gs.Tensor:
     """Which element along ``axis`` each element of the padded tensor copies; ``pads`` is [before, after]."""
     size = op.Reshape(op.dim_of(x, axis), op.constant(np.asarray([], np.int64)))
-    return op.Pad(op.Range(op.constant(np.asarray(0)), size, op.constant(np.asarray(1))), pads, mode=mode)
+    places = op.Range(op.constant(np.asarray(0)), size, op.constant(np.asarray(1)))
+    # As floats, which hold every place exactly: Pad has no CUDA kernel for integers.
+    return op.cast(op.Pad(op.cast(places, np.float64), pads, mode=mode), np.int64)
 
 
 def _crop(op: Emitter, g: gs.Tensor, pads: gs.Tensor, axes: Any) -> gs.Tensor:
