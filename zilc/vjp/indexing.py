@@ -70,7 +70,7 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
         return scatter_add(op, g, index, axis, rank, op.dim_of(x, axis), shape=op.shape_of(x))
     sizes = assumed(op, g)
     work: dict[str, float] = {}
-    if sizes is not None and math.prod(sizes[1:]):
+    if sizes is not None and 0 not in sizes[1:]:
         read, width, count = sizes[0], math.prod(sizes[1:]), int(rows)  # type: ignore[arg-type]
         work = {
             "updates": read * width, "table": count * width, "multiply-adds": read * count * width, "hot": read * count,
