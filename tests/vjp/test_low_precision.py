@@ -24,7 +24,6 @@ from zilc.analysis import structure
 from zilc.executors import executor
 from zilc.onnx_io import MIN_OPSET
 from zilc.testing import op_model
-from zilc.vjp.indexing import ONE_HOT_ROWS
 
 #: By type: its dtype, and how much rounding to it changes a number at most, relatively.
 TYPES = {"float16": (np.dtype(np.float16), 2.0**-11), "bfloat16": (np.dtype(ml_dtypes.bfloat16), 2.0**-8)}
@@ -174,16 +173,18 @@ def test_what_has_no_model_has_none(op: str, kind: str) -> None:
         models(op, kind)
 
 
+@pytest.mark.parametrize(("count", "operator"), [(8, "OneHot"), (5000, "ScatterElements")])
 @pytest.mark.parametrize("kind", TYPES)
-def test_repeated_rows_are_summed_in_single_precision(kind: str) -> None:
+def test_repeated_rows_are_summed_in_single_precision(kind: str, count: int, operator: str) -> None:
     """4,096 ones on one row: a sum in half precision stands still at 2,048, or at 256."""
     dtype = TYPES[kind][0]
-    rows, index = np.zeros((ONE_HOT_ROWS + 1, 1), dtype), np.full(4096, 7)
+    rows, index = np.zeros((count, 32), dtype), np.full(4096, 7)
     model = op_model("Gather", [rows, index], {"axis": 0})
     step = compiled(model, MIN_OPSET)
-    targets = {entry["name"]: np.full((4096, 1), -1.0) for entry in step.signature["targets"]}
+    assert operator in {node.op_type for node in step.model.graph.node}
+    targets = {entry["name"]: np.full((4096, 32), -1.0) for entry in step.signature["targets"]}
     got = gradients(step, {"x0": rows, "x1": index, **targets})["x0"]
-    np.testing.assert_array_equal(got.astype("f"), np.where(np.arange(len(rows))[:, None] == 7, 4096, 0))
+    np.testing.assert_array_equal(got.astype("f"), np.where(np.arange(len(rows))[:, None] == 7, 4096, 0) * np.ones(32))
     if kind == "float16":
         assert executor(step.model).name.startswith("onnxruntime")
 
