@@ -131,7 +131,7 @@ def _convert_implicit(node: onnx.NodeProto) -> None:
     elif node.op_type == "ConstantOfShape" and not any(a.name == "value" for a in node.attribute):
         zero = onnx.numpy_helper.from_array(np.zeros(1, np.float64))
         node.attribute.append(onnx.helper.make_attribute("value", zero))
-    elif node.op_type in ("RandomNormal", "RandomUniform", "EyeLike") and not any(
+    elif node.op_type in ("RandomNormal", "RandomUniform", "EyeLike", "SequenceEmpty") and not any(
         a.name == "dtype" for a in node.attribute
     ):
         node.attribute.append(onnx.helper.make_attribute("dtype", _DOUBLE))

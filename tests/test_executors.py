@@ -109,3 +109,12 @@ def test_max_roi_pool(scale: float) -> None:
 def test_global_lp_pool(p: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
     check("GlobalLpPool", {"x": x}, p=p)
+
+
+def test_gelu_by_tanh_keeps_float64() -> None:
+    """onnxruntime's body for it holds sqrt(2 / pi) and 0.044715 in float32."""
+    x = np.linspace(-3, 3, 7)
+    made = model("Gelu", {"x": x}, 20, approximate="tanh")
+    made.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(executor(made)({"x": x})["y"], expected, rtol=1e-14)

@@ -168,3 +168,11 @@ def test_float64_of_an_operator_that_takes_none() -> None:
     x = np.asarray([[-2.0, -0.25, 3.0]])
     made = executor(wide)({"x": x})["y"]
     assert np.allclose(made, np.where(x > 0, x, 0.5 * np.expm1(x / 0.5)), rtol=1e-14)
+
+
+def test_an_empty_sequence_is_one_of_float64() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[2, 3] x) => (float[2, 3] y) {
+      e = SequenceEmpty()  s = SequenceInsert(e, x)  c = ConcatFromSequence<axis = 0>(s)  y = Sin(c) }"""
+    wide = to_float64(onnx.parser.parse_model(text))
+    onnx.checker.check_model(wide, full_check=True)
+    assert zilc.emit_training(wide, wrt=["x"], outputs="grad").signature["input_grads"][0]["name"] == "x"

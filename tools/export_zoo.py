@@ -53,6 +53,10 @@ Made by `python tools/export_zoo.py --write` (`make zoo`); the rows lie in `docs
 """
 
 
+#: Rows that one process examines.
+PER_PROCESS = 30
+
+
 def main() -> int:
     """Examine, print and write.  1 if a row is neither right nor the exporter's own failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,16 +76,20 @@ def main() -> int:
     if given.missing:
         chosen = [k for k in chosen if k not in rows or not settled(rows[k]["status"])]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, quiet, max_tasks_per_child=60) as pool:
-        waiting = {pool.submit(examine, *k): k for k in chosen}
-        for done in concurrent.futures.as_completed(waiting):
-            key = waiting[done]
-            try:
-                rows[key] = done.result()
-            except concurrent.futures.process.BrokenProcessPool:
-                rows.setdefault(key, {"network": key[0], "exporter": key[1], "status": "crash: the process ended"})
-            print(*key, rows[key]["status"], flush=True)
-            save(rows)
+    # Processes grow with what they have compiled.  Pools follow each other, as max_tasks_per_child deadlocks a pool of
+    # few processes: its last one leaves, and nothing starts the next.
+    size = PER_PROCESS * given.jobs
+    for part in (chosen[k : k + size] for k in range(0, len(chosen), size)):
+        with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, quiet) as pool:
+            waiting = {pool.submit(examine, *k): k for k in part}
+            for done in concurrent.futures.as_completed(waiting):
+                key = waiting[done]
+                try:
+                    rows[key] = done.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    rows.setdefault(key, {"network": key[0], "exporter": key[1], "status": "crash: the process ended"})
+                print(*key, rows[key]["status"], flush=True)
+                save(rows)
     if given.write:
         PAGE.write_text(page(rows), encoding="utf-8")
     return 0 if all(settled(rows[k]["status"]) for k in chosen) else 1
