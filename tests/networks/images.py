@@ -65,7 +65,7 @@ NETWORKS: dict[str, Network] = {
                        num_attention_heads=[1, 1, 2, 2], mlp_ratios=[2, 2, 2, 2]),
     "pvt-v2": _classifier(WINDOWS, "PvtV2", image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
                           num_attention_heads=[1, 1, 2, 2], mlp_ratios=[2, 2, 2, 2]),
-    "cvt": _classifier(WINDOWS, "Cvt", embed_dim=[8, 16], depth=[1, 1], num_heads=[1, 2], num_stages=2,
+    "cvt": _classifier(WINDOWS, "Cvt", embed_dim=[8, 16], depth=[1, 2], num_heads=[1, 2], num_stages=2,
                        patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1], mlp_ratio=[2.0, 2.0],
                        attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0],
                        qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn", "dw_bn"],
