@@ -87,7 +87,7 @@ def _gather_by_scatter(op: Emitter, g: gs.Tensor, index: gs.Tensor, x: gs.Tensor
 
 
 def _gather_by_one_hot(op: Emitter, g: gs.Tensor, index: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
-    """A product with the one-hot matrix of the index, in float32 where g is of half precision, as sums by scattering."""
+    """A product with the one-hot matrix of the index; of half precision in float32, as scattered sums are."""
     rows, rank, wide = int(op.dims(x)[0]), rank_of(op, x), op.widened(g)  # type: ignore[index, arg-type]
     hot = op.cast(op.OneHot(index, np.asarray(rows), np.asarray([0, 1], np.float32), axis=0), op.dtype(wide))
     made = op.cast(op.MatMul(hot, wide if rank == 2 else op.as_matrix(wide, 1)), op.dtype(g))
