@@ -486,7 +486,8 @@ def weight_lowerings(
         del convs["volume"]
     shape, example = op.static(w), assumed(op, image)
     known = window.image is not None and window.map is not None and window.kernel is not None
-    if shape is None or example is None or not known:
+    empty = 0 in (*(shape or ()), *(example or ()), *(window.map or ()), *(window.image or ()))
+    if shape is None or example is None or not known or empty:
         # Nothing to go by: one product a channel where each has its own, else one product for all.
         name = "swapped" if depthwise or window.rank == 3 else "volume"
         return {name: (convs[name], {})}
@@ -644,7 +645,8 @@ def image_lowerings(
         both = {"conv": image_by_conv, "transpose": image_by_transpose}
     shape, example = op.static(w), assumed(op, map_)
     known = window.image is not None and window.map is not None and window.kernel is not None
-    if shape is None or example is None or not known:
+    empty = 0 in (*(shape or ()), *(example or ()), *(window.map or ()), *(window.image or ()))
+    if shape is None or example is None or not known or empty:
         name = next(iter(both))
         return {name: (both[name], {})}
     assert window.kernel is not None
