@@ -21,6 +21,9 @@ NETWORKS = {
     "skip": 20, "mlp2": 20, "mlp3": 20, "mlp4": 20, "residual": 20, "rnn": 20, "digits": 4,
     "transformer": 2, "decoder": 1, "alexnet": 1, "resnet18": 2,
 }  # fmt: skip
+#: Among the millions of activations of a whole ResNet18 some lie so near to a Relu's kink that float32 sees them on the
+#: other side than float64, which ones depends on the processor: then gradients differ and neither is wrong.
+SIZES: dict[str, dict[str, Any]] = {"resnet18": {"image": 33, "width": 8, "classes": 100}}
 LOSS = "cross-entropy"
 #: Half a unit in the last place of float32, relative.
 ULP = 2.0**-24
@@ -54,7 +57,7 @@ def network(request) -> Run:
     name = request.param
     run = Run(name, {}, {}, {}, {}, {})
     for dtype in ("float64", "float32"):
-        model = models.build(name, dtype=dtype)
+        model = models.build(name, dtype=dtype, **SIZES.get(name, {}))
         if not run.feeds:
             run.feeds = models.random_feeds(model, NETWORKS[name], np.random.default_rng(0), loss=LOSS)
             # Both precisions see the same numbers.
@@ -106,7 +109,7 @@ def test_updates_equal_bp_and_autograd(network):
     """
     got = {}
     for algorithm in ("zil", "bp"):
-        model = models.build(network.name, dtype="float32")
+        model = models.build(network.name, dtype="float32", **SIZES.get(network.name, {}))
         step = zilc.emit_training(model, loss=LOSS, algorithm=algorithm)
         feeds = {k: v.astype("f") if v.dtype.kind == "f" else v for k, v in network.feeds.items()}
         got[algorithm] = executor(step.model)(initial(step, feeds, lr=1.0))
