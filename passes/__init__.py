@@ -2,6 +2,7 @@
 
 1. ``prepare``     functions inlined, opset settled, dimensions fixed, shapes inferred, constants lifted, ties made,
                    the file's own Identity nodes removed, terminal identities appended to outputs that need one
+   ``opset``       the part of it that onnx's version converter leaves undone
    ``train_mode``, ``mixed_precision``  the same graph in training form, and in a narrower type, if asked
 2. ``levels``      analysis: a level for each vertex and leaf; where the slack is
 3. ``parameters``  analysis: which leaves are trained, and why the others are not
@@ -14,6 +15,7 @@
    ``reverse``     plain reverse mode, the yardstick, which shares only rules, order of sums and clean-up
 7. ``training``    terms, losses and optimizers as ONNX nodes around the forward graph
 8. ``simplify``    what emission leaves behind
+9. ``recompute``   predictions computed again to fit a memory budget, if asked: ``liveness`` counts, ``rerun`` writes
 
 ``contracts`` holds the predicates that passes require and ensure.  Nothing is re-exported here.
 """

@@ -449,6 +449,6 @@ def unbatch_scans(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
 def _one_of_batch(info: onnx.ValueInfoProto, stacked: bool, prefix: str) -> onnx.ValueInfoProto:
     """What one entry of the batch holds: a state as the body has it, or that along time."""
     kind = info.type.tensor_type
-    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+    dims = onnx_io.stated_shape(kind) or []
     shape = [None, *dims] if stacked else dims
     return onnx.helper.make_tensor_value_info(f"{prefix}{info.name}", kind.elem_type, shape)

@@ -13,6 +13,7 @@ import onnx.numpy_helper
 import onnx.shape_inference
 
 from zilc import onnx_io
+from zilc.passes.opset import opset_of
 
 _DOUBLE = onnx.TensorProto.DOUBLE
 _NARROWER = frozenset((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16))
@@ -32,7 +33,7 @@ def to_float64(model: onnx.ModelProto, base_dir: str = "") -> onnx.ModelProto:
 
 def _spelled_out(model: onnx.ModelProto) -> onnx.ModelProto:
     """Operators that take float32 but no float64, such as Celu before opset 28, as their function bodies."""
-    version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    version = opset_of(model)
     found = set()
     for op in {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}:
         try:

@@ -111,7 +111,6 @@ class TrainingGraph:
         self._losses: list[Emitted] = []
         self._extra: list[tuple[str, gs.Tensor]] = []
         self._gradients: list[tuple[str, gs.Tensor, int]] = []
-        self._release: list[gs.Variable] = []
         self._open_parameters(parameters)
         self._open_clamps(clamps)
         self._open_optimizer(parameters, counted)

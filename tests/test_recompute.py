@@ -24,7 +24,7 @@ from tests.graphs import model as parsed
 from zilc import models, onnx_io, signature
 from zilc.errors import OptionError
 from zilc.models.network import Network
-from zilc.passes.recompute import Problem
+from zilc.passes.liveness import Problem
 from zilc.session import make_session
 from zilc.sizes import parse_size, show_size
 

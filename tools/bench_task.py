@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ class Made:
 def count(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> int:
     """How many numbers the named arrays hold."""
     return sum(arrays[name].size for name in names)
+
+
+def timed_runs(step: Callable[[], object], lines: Iterable[str]) -> Iterator[list[float]]:
+    """Milliseconds of each of N steps for every line ``run N``, until one says ``end``."""
+    for line in lines:
+        words = line.split()
+        if words[0] == "end":
+            return
+        times = []
+        for _ in range(int(words[1])):
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        yield times
 
 
 def peak_mib() -> float:

@@ -13,12 +13,11 @@ import json
 import os
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_task import Made, Task, peak_mib, reset_peak
+from bench_task import Made, Task, peak_mib, reset_peak, timed_runs
 
 #: Module and function of each peer.  A function takes the task and a callback for when its imports are done.
 PEERS: dict[str, tuple[str, str]] = {
@@ -61,16 +60,7 @@ def main() -> None:
         "versions": {"Python": platform.python_version(), **made.versions},
     }  # fmt: skip
     say({"ready": ready}, answers)
-    step = made.step
-    for line in sys.stdin:
-        words = line.split()
-        if words[0] == "end":
-            break
-        times = []
-        for _ in range(int(words[1])):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
+    for times in timed_runs(made.step, sys.stdin):
         say(times, answers)
     stepping = peak_mib()
     say({"peak_mib": max(built, stepping), "stepping_mib": stepping}, answers)

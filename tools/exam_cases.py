@@ -310,7 +310,7 @@ def originals(
 
 def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model at the newest opset that today's runtimes take."""
-    from zilc.passes.prepare import settle_opset
+    from zilc.passes.opset import settle_opset
 
     return settle_opset(model, None, "the model")
 

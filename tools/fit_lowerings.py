@@ -236,6 +236,8 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true", help="measure nothing")
     parser.add_argument("--write", action="store_true", help=f"write {COSTS.name} and docs/{PAGE.name}")
     options = parser.parse_args()
+    if options.write and options.kinds:
+        parser.error("--write is for all kinds: the page and the costs are of one run")
     console = Console(stderr=True)
     begun = os.getloadavg()[0]
     found: dict[str, list[dict[str, Any]]] = {}
@@ -249,7 +251,6 @@ def main() -> None:
             found.setdefault(kind, []).append({"site": said, "ms": times, "work": work})
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
-    old = json.loads(COSTS.read_text()) if COSTS.exists() else {"costs": {}}
     costs = {kind: fit(rows) for kind, rows in found.items()}
     quality = {
         kind: {"left out": left_out(rows), "lost": lost(rows, costs[kind]), "always": always(rows)}
@@ -263,8 +264,8 @@ def main() -> None:
     data = {"facts": facts, "quality": quality}
     text = page(found, data)
     if options.write:
-        merged = {"facts": {"cpu": facts}, "costs": {"cpu": {**old["costs"].get("cpu", {}), **costs}}}
-        COSTS.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+        known = {"facts": {"cpu": facts}, "costs": {"cpu": costs}}
+        COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
         PAGE.write_text(text)
     else:
         print(text)

@@ -220,7 +220,7 @@ def timing(name: str, *, rounds: int, sessions: int, peers: list[str], il_steps:
     per cent for as long as it lives.
     """
     entry = NETWORKS[name]
-    batch, steps = entry["batch"], il_steps or entry.get("il", entry["steps"])
+    batch, steps = entry["batch"], il_steps or entry["steps"]
     model = models.build(name)
     feeds = models.random_feeds(model, batch, np.random.default_rng(0), loss="cross-entropy")
     kinds: dict[str, dict[str, Any]] = {"zil": {}, "bp": {"algorithm": "bp"}}
@@ -246,7 +246,7 @@ def timing(name: str, *, rounds: int, sessions: int, peers: list[str], il_steps:
     levels = zil.levels
     del zil
     slow: dict[str, dict[str, Any]] = {
-        "literal": {"schedule": "literal", "steps": entry.get("literal", levels)},
+        "literal": {"schedule": "literal", "steps": levels},
         "il": {"algorithm": "il", "steps": steps, "gamma": 0.1},
     }
     for label in peers:

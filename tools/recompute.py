@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_task import peak_mib, reset_peak
+from bench_task import peak_mib, reset_peak, timed_runs
 
 from zilc.machine import processor
 
@@ -79,15 +79,7 @@ def work(folder: Path, variant: str) -> None:
         bits.update(name.encode() + array.tobytes())
     print(json.dumps({"losses": losses, "bits": bits.hexdigest()}), flush=True)
     reset_peak()
-    for line in sys.stdin:
-        words = line.split()
-        if words[0] == "end":
-            break
-        times = []
-        for _ in range(int(words[1])):
-            start = time.perf_counter()
-            trainer.step(feeds)
-            times.append(1e3 * (time.perf_counter() - start))
+    for times in timed_runs(lambda: trainer.step(feeds), sys.stdin):
         print(json.dumps(times), flush=True)
     print(json.dumps({"base_mib": base, "growth_mib": max(peak, peak_mib()) - base}), flush=True)
 

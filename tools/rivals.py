@@ -234,7 +234,7 @@ def _for_training(model: Any) -> np.ndarray:
     import onnx
 
     from tools import exam
-    from zilc.passes.prepare import settle_opset
+    from zilc.passes.opset import settle_opset
 
     own = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=18)
     made = onnx.ModelProto()

@@ -177,17 +177,14 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @shared.selection
 @shared.rules
 @shared.training
-@shared.precision
-@shared.tune
-@shared.memory_budget
+@shared.costs
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
 @shared.full
 @shared.as_json
 def emit_training(
-    model: str, out: str | None, state: str | None, memory_budget: str | None, trace: bool, full: tuple[str, ...],
-    as_json: bool, **given: Any,
-) -> None:  # fmt: skip
+    model: str, out: str | None, state: str | None, trace: bool, full: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
     """Emit a graph that computes one training update.
 
     It holds standard ONNX operators alone.  One run is one update: feed each PARAM.next back as PARAM.  The graph's
@@ -211,9 +208,8 @@ def emit_training(
         raise FileError("is a folder, expected a file name", where=str(graph_path))
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
-        options = {**shared.selection_of(given), **shared.training_of(given)}
-        own = {**{key: given[key] for key in ("precision", "tune")}, "memory_budget": memory_budget}
-        step = pipeline.emit_training(model, trace=list(full) or trace, **own, **options)
+        options = {**shared.selection_of(given), **shared.training_of(given), **shared.costs_of(given)}
+        step = pipeline.emit_training(model, trace=list(full) or trace, **options)
         save_step(step, graph_path, beside)
     from zilc import show
 
@@ -407,9 +403,7 @@ def trace(
 @shared.selection
 @shared.rules
 @shared.training
-@shared.precision
-@shared.tune
-@shared.memory_budget
+@shared.costs
 @click.option("--lr", type=float, required=True, metavar="X", help="Learning rate.")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Passes over the data.")
 @click.option("--batch-size", type=int, required=True, metavar="N", help="Examples an update.")
@@ -436,7 +430,7 @@ def train(model: str, data: str, val: str | None, out: str, as_json: bool, **giv
     from zilc import show
     from zilc import train as trainer
 
-    options = {**shared.selection_of(given), **shared.training_of(given), "memory_budget": given.pop("memory_budget")}
+    options = {**shared.selection_of(given), **shared.training_of(given), **shared.costs_of(given)}
     epochs = given["epochs"]
     with progress("updates") as bar:
 

@@ -61,10 +61,8 @@ def specs(graph: onnx.GraphProto, names: Sequence[str] | None = None) -> dict[st
                 f"input '{name}' is not a tensor of numbers, which arrays cannot feed",
                 hint="Export the model with numeric tensors as inputs.",
             )
-        dims = None
-        if tensor.HasField("shape"):
-            dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
-        made[name] = Spec(name, dtype, dims)
+        dims = onnx_io.stated_shape(tensor)
+        made[name] = Spec(name, dtype, None if dims is None else tuple(dims))
     return made
 
 

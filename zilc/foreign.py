@@ -81,8 +81,7 @@ def add_types(model: onnx.ModelProto) -> bool:
         kind = info.type.tensor_type
         dtype = onnx_io.np_dtype(kind.elem_type) if kind.elem_type else None
         if dtype is not None:
-            dims = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in kind.shape.dim]
-            types[info.name] = TensorType(dtype, dims if kind.HasField("shape") else None)
+            types[info.name] = TensorType(dtype, onnx_io.stated_shape(kind))
     for tensor in graph.initializer:
         types[tensor.name] = TensorType(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), list(tensor.dims))
     for node in graph.node:

@@ -75,17 +75,24 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
     fed_back = {made for _, made in pairs}
     results = (o.name for o in graph.output if o.name in producer and o.name not in fed_back)
     forward = _ancestors((producer[name] for name in results), before)
+    # One more node, which is none, stands between them and all updates: an edge to each side instead of to each pair.
+    done = len(nodes)
     while True:
-        waits = [set(them) for them in before]
+        waits = [*map(set, before), set(forward)]
         for name in over:
-            waits[writers[name]] |= (readers.get(name, set()) | forward) - {writers[name]}
-        order = _topological(waits, rank)
-        if len(order) == len(nodes):
+            writer = writers[name]
+            waits[writer] |= readers[name] - {writer}
+            if writer not in forward:
+                waits[writer].add(done)
+        order = _topological(waits, [*rank, -1])
+        if len(order) == len(waits):
             break
         # Two updates that read each other's parameter: whatever is left could not be ordered.
         left = set(range(len(nodes))) - set(order)
         over -= {name for name in over if writers[name] in left}
-    first = min((position for position, i in enumerate(order) if i in {writers[n] for n in over}), default=len(order))
+    order.remove(done)
+    writing = {writers[name] for name in over}
+    first = next((position for position, i in enumerate(order) if i in writing), len(order))
     names = [nodes[i].name for i in order]
     harmless = set(names[:first]) - set(names[first:]) - {""}
     del graph.node[:]

@@ -752,10 +752,7 @@ def _infer_types(node: gs.Node, opset: int) -> list[tuple[np.dtype | None, list[
         if kind is None or not kind.HasField("tensor_type"):
             result.append((None, None))
             continue
-        shape: list[int | str | None] | None = None
-        if kind.tensor_type.HasField("shape"):
-            dims = kind.tensor_type.shape.dim
-            shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in dims]
+        shape = stated_shape(kind.tensor_type)
         if shape is None:
             shape = _rank_at_least(node)
         result.append((np_dtype(kind.tensor_type.elem_type), shape))
@@ -776,15 +773,16 @@ def _rank_at_least(node: gs.Node) -> list[int | str | None] | None:
 
 def shapes(proto: onnx.ModelProto) -> dict[str, list[int | str | None]]:
     """Shapes of a model's tensors as far as it states them: numbers, names of symbolic dimensions, None."""
-    found: dict[str, list[int | str | None]] = {}
     graph = proto.graph
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        kind = info.type.tensor_type
-        if kind.HasField("shape"):
-            found[info.name] = [
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim
-            ]
-    return found
+    found = {i.name: stated_shape(i.type.tensor_type) for i in (*graph.input, *graph.output, *graph.value_info)}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def stated_shape(kind: onnx.TypeProto.Tensor) -> list[int | str | None] | None:
+    """A type's shape: numbers, names of symbolic dimensions, None for unknown ones; None where it states no rank."""
+    if not kind.HasField("shape"):
+        return None
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
 
 
 def check_full(proto: onnx.ModelProto) -> None:

@@ -126,22 +126,21 @@ training = _apply(
     ]
 )  # fmt: skip
 
-precision = click.option(
-    "--precision", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
-    help="Compute costly operators of a float32 model in a narrower type; weights, gradients and the optimizer stay "
-         "float32. float16 scales the loss.",
+#: What an update costs, in time and memory: gives ``precision``, ``tune`` and ``memory_budget``.
+costs = _apply(
+    [
+        click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
+                     show_default=True,
+                     help="Compute costly operators of a float32 model in a narrower type; weights, gradients and the "
+                          "optimizer stay float32. float16 scales the loss."),
+        click.option("--tune", is_flag=True,
+                     help="Measure on this machine how gradients are best computed, and remember it for the next "
+                          "time."),
+        click.option("--memory-budget", metavar="SIZE",
+                     help="Drop predictions and compute them again, bit for bit, so that the activations alive at "
+                          "once fit in SIZE: 512MiB, 1.5GB, or bytes. Every dimension needs a size (--dim)."),
+    ]
 )  # fmt: skip
-
-tune = click.option(
-    "--tune", is_flag=True,
-    help="Measure on this machine how gradients are best computed, and remember it for the next time.",
-)
-
-#: Gives ``memory_budget``, as text.
-memory_budget = click.option(
-    "--memory-budget", metavar="SIZE",
-    help="Drop predictions and compute them again, bit for bit, so that the activations alive at once fit in SIZE: "
-         "512MiB, 1.5GB, or bytes. Every dimension needs a size (--dim).")  # fmt: skip
 
 #: How the dynamics are traced: those of ``training`` that apply, under the same names; ``schedule`` is literal.
 tracing = _apply(
@@ -215,3 +214,8 @@ def training_of(given: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the library from the values of :data:`training`; they are taken out of ``given``."""
     plain = {key: given.pop(key) for key in ("class_axis", "optimizer", "outputs", *DYNAMICS)}
     return {**plain, "loss": list(given.pop("loss")) or "energy", "options": dict(given.pop("opt"))}
+
+
+def costs_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the library from the values of :data:`costs`; they are taken out of ``given``."""
+    return {key: given.pop(key) for key in ("precision", "tune", "memory_budget")}

@@ -21,6 +21,9 @@ from zilc.graph import INFERENCE
 from zilc.in_place import in_place, operands
 from zilc.providers import CPU, Providers, import_onnxruntime
 
+#: A graph that holds more than this, in bytes, is not written to disk and read again.
+_REWRITTEN = 1 << 29
+
 
 @dataclass(frozen=True)
 class TrainingSession:
@@ -90,10 +93,6 @@ def make_training_session(
     return TrainingSession(_open(ordered.model, options, providers, where), ordered.over, ordered.harmless)
 
 
-#: A graph that holds more than this, in bytes, is not written to disk and read again.
-_REWRITTEN = 1 << 29
-
-
 def _options(model: onnx.ModelProto, folder: str) -> Any:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -102,7 +101,7 @@ def _options(model: onnx.ModelProto, folder: str) -> Any:
     # walks back from the outputs and keeps more alive: 192 MiB instead of 122 for ResNet18 (64 x 64, batch 32).
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # With a pattern of memory onnxruntime takes, from the second run on, one block for all that the first had in
-    # pieces, and keeps both: 418 MiB instead of 258 for a decoder of 6 layers.  The times are alike.
+    # pieces, and keeps both.
     options.enable_mem_pattern = False
     if onnx_io.holds_float64(model):
         # Its extended level moves scalar factors into attributes, which are float32: 2e-8 instead of 1e-15.

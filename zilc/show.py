@@ -205,15 +205,15 @@ def graph_data(model: Any) -> dict[str, Any]:
 def _value_info(info: Any) -> dict[str, Any]:
     from onnx import TensorProto
 
+    from zilc.onnx_io import stated_shape
+
     kind = info.type.tensor_type
-    dims = None
-    if kind.HasField("shape"):
-        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
-    return {"name": info.name, "dtype": TensorProto.DataType.Name(kind.elem_type).lower(), "shape": dims}
+    dtype = TensorProto.DataType.Name(kind.elem_type).lower()
+    return {"name": info.name, "dtype": dtype, "shape": stated_shape(kind)}
 
 
 def _counts(row: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} by {name}" for name, count in row.items())
+    return " + ".join(f"{count} × {name}" for name, count in row.items())
 
 
 def training(page: Page, data: Mapping[str, Any]) -> None:
@@ -232,7 +232,7 @@ def training(page: Page, data: Mapping[str, Any]) -> None:
     }
     taken = report["lowerings"]["taken"]
     if taken:
-        kinds = ("; ".join(f"{kind} {_counts(row)}" for kind, row in taken.items()))
+        kinds = "; ".join(f"{kind}: {_counts(row)}" for kind, row in taken.items())
         facts["lowerings"] = f"{kinds} ({report['lowerings']['costs']} costs)"
     if optimizer and signature["lr"]:
         options = ", ".join(f"{k}={_option(v)}" for k, v in optimizer.items() if k != "name")

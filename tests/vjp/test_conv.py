@@ -14,7 +14,8 @@ from tests.vjp.cases import Case, both, check, label
 from zilc import onnx_io
 from zilc.emit import Emitter
 from zilc.testing import check_vjp, op_model, run, vjp_model
-from zilc.vjp import conv
+from zilc.vjp import conv, conv_lowerings
+from zilc.vjp.window import conv_window
 
 
 def _r(*shape: int, seed: int = 0) -> np.ndarray:
@@ -144,7 +145,7 @@ def _lower(case: Case, which: str, formula: object, dtype: type = np.float64) ->
     graph.import_domains = [onnx.helper.make_opsetid("", 18)]
     op = Emitter(graph)
     attrs = {"auto_pad": "NOTSET", "group": 1} | dict.fromkeys(("dilations", "kernel_shape", "pads", "strides"))
-    window = conv._conv_window(op, tensors[0], tensors[1], **{**attrs, **case.attrs, "kernel_shape": None})
+    window = conv_window(op, tensors[0], tensors[1], **{**attrs, **case.attrs, "kernel_shape": None})
     made = formula(op, *tensors, window)  # type: ignore[operator]
     out = gs.Variable("out", dtype)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[out]))
@@ -183,14 +184,14 @@ def _same(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
 
 
 WEIGHT = {
-    "swapped": conv.weight_by_swapped_conv,
-    "volume": conv.weight_by_volume_conv,
-    "columns": conv.weight_by_columns,
-    "columns by example": functools.partial(conv.weight_by_columns, batched=True),
-    "taps": functools.partial(conv.weight_by_columns, apart=True),
-    "taps by example": functools.partial(conv.weight_by_columns, apart=True, batched=True),
+    "swapped": conv_lowerings.weight_by_swapped_conv,
+    "volume": conv_lowerings.weight_by_volume_conv,
+    "columns": conv_lowerings.weight_by_columns,
+    "columns by example": functools.partial(conv_lowerings.weight_by_columns, batched=True),
+    "taps": functools.partial(conv_lowerings.weight_by_columns, apart=True),
+    "taps by example": functools.partial(conv_lowerings.weight_by_columns, apart=True, batched=True),
 }
-IMAGE = {"transpose": conv.image_by_transpose, "conv": conv.image_by_conv}
+IMAGE = {"transpose": conv_lowerings.image_by_transpose, "conv": conv_lowerings.image_by_conv}
 SYMBOLIC = ["static", "batch", "sizes", "all"]
 BOTH_DTYPES = [(np.float64, 1e-12), (np.float32, 2e-5)]
 
@@ -223,7 +224,7 @@ def test_taps_laid_out_on_the_map(case: Case, batched: bool, dtype: type, tolera
         on_map = [axis for i, axis in enumerate(free) if bits >> i & 1]
 
         def formula(op, x, w, g, window, on_map=on_map, apart=bool(bits % 2)):
-            return conv.weight_by_columns(op, x, g, w, window, on_map=on_map, batched=batched, apart=apart)
+            return conv_lowerings.weight_by_columns(op, x, g, w, window, on_map=on_map, batched=batched, apart=apart)
 
         _same(_lower(case, "batch", formula, dtype), expected, tolerance)
 

@@ -17,18 +17,10 @@ import onnx_graphsurgeon as gs
 from zilc.emit import Emitter
 from zilc.errors import ModelError
 from zilc.lowerings import Lowering, assumed
-from zilc.vjp.conv import (
-    Window,
-    _conv_window,
-    _int64,
-    _pad,
-    _sizes,
-    _spatial_shape,
-    _spread,
-    _window_of,
-    image_cotangent,
-)
+from zilc.vjp.conv import image_cotangent
+from zilc.vjp.conv_lowerings import image_part, with_gaps
 from zilc.vjp.table import defvjp
+from zilc.vjp.window import Window, conv_window, int64s, spatial_shape, static_sizes, zero_pad
 
 
 def _window(
@@ -45,7 +37,7 @@ def _window(
     **_: Any,
 ) -> Window:
     """The window of a pool.  With ceil_mode the end pads grow by what the last position reaches over."""
-    window = _conv_window(
+    window = conv_window(
         op,
         x,
         x,
@@ -88,8 +80,8 @@ def max_by_indices(
     turned = op.Gather(shape, order) if order != sorted(order) else shape
     known = op.static(x)
     if known is not None:
-        turned = _int64(op, [known[axis] for axis in order])
-        total = _int64(op, [int(np.prod(known))])
+        turned = int64s(op, [known[axis] for axis in order])
+        total = int64s(op, [int(np.prod(known))])
     else:
         total = op.size_of(x)
     zero = op.Expand(op.constant(np.zeros(1, op.dtype(x))), total)
@@ -110,28 +102,28 @@ def max_by_taps(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, window: W
     assert kernel is not None
     # Every tap must find an element: extend by one stride, which ceil_mode needs at most.
     reach = [e + s - 1 for e, s in zip(window.extent, window.strides, strict=True)]
-    begin = _int64(op, window.begin) if isinstance(window.begin, list) else window.begin
-    back = _int64(op, reach)
+    begin = int64s(op, window.begin) if isinstance(window.begin, list) else window.begin
+    back = int64s(op, reach)
     low = op.constant(np.asarray(-np.inf, op.dtype(x)))
     wide = op.Pad(x, op.Concat(begin, back, axis=0), low, window.spatial)
-    positions = _int64(op, window.map) if window.map is not None else op.Shape(y, start=2)
-    strides = _int64(op, window.strides)
-    span = op.Add(op.Mul(op.Sub(positions, _int64(op, [1])), strides), _int64(op, [1]))
+    positions = int64s(op, window.map) if window.map is not None else op.Shape(y, start=2)
+    strides = int64s(op, window.strides)
+    span = op.Add(op.Mul(op.Sub(positions, int64s(op, [1])), strides), int64s(op, [1]))
     free: gs.Tensor | None = None
     total: gs.Tensor | None = None
     for tap in product(*(range(k) for k in kernel)):
         start = [k * d for k, d in zip(tap, window.dilations, strict=True)]
-        part = op.Slice(wide, start, op.Add(_int64(op, start), span), window.spatial, strides)
+        part = op.Slice(wide, start, op.Add(int64s(op, start), span), window.spatial, strides)
         hit = op.Equal(part, y)
         first = hit if free is None else op.And(hit, free)
         free = op.Not(hit) if free is None else op.And(free, op.Not(hit))
         share = op.Where(first, g, op.scalar_like(0, g))
-        spread = _spread(op, share, window)
+        spread = with_gaps(op, share, window)
         after = [r - 1 - a + s for r, a, s in zip(reach, start, window.strides, strict=True)]
-        placed = _pad(op, spread, start, after, window.spatial)
+        placed = zero_pad(op, spread, start, after, window.spatial)
         total = placed if total is None else op.Add(total, placed)
     assert total is not None
-    return _window_of(op, total, x, window)
+    return image_part(op, total, x, window)
 
 
 def _max_pool(op: Emitter, g: gs.Tensor, outputs: tuple[Any, ...], x: gs.Tensor, **attrs: Any) -> gs.Tensor:
@@ -153,11 +145,9 @@ def _max_pool(op: Emitter, g: gs.Tensor, outputs: tuple[Any, ...], x: gs.Tensor,
     sizes, positions = assumed(op, x), assumed(op, y)
     if sizes is not None and positions is not None and window.kernel is not None and not columns:
         # Of equal elements the first in memory takes the cotangent either way, unless columns come first.
-        moved = math.prod(positions) * math.prod(window.kernel)
-        candidates = {
-            "indices": Lowering(by_indices, {"image": math.prod(sizes), "map": math.prod(positions)}),
-            "taps": Lowering(by_taps, {"image": math.prod(sizes) * math.prod(window.kernel), "columns": moved}),
-        }
+        image, map_, taps = (math.prod(n) for n in (sizes, positions, window.kernel))
+        candidates["indices"] = Lowering(by_indices, {"image": image, "map": map_})
+        candidates["taps"] = Lowering(by_taps, {"image": image * taps, "columns": map_ * taps})
     site = f"kernel {window.kernel} {window.site}"
     return op.lowerings.emit(op, "MaxPool.x", site, [g, y, x, indices], candidates)
 
@@ -172,7 +162,7 @@ def spread_by_conv(op: Emitter, g: gs.Tensor, x: gs.Tensor, window: Window) -> g
     if window.map is not None:
         alone = op.Reshape(g, [-1, 1, *window.map])
     else:
-        alone = op.Reshape(g, op.Concat(_int64(op, [-1, 1]), op.Shape(g, start=2), axis=0))
+        alone = op.Reshape(g, op.Concat(int64s(op, [-1, 1]), op.Shape(g, start=2), axis=0))
     d = image_cotangent(op, alone, ones, x, window)
     return op.Reshape(d, op.shape_of(x))
 
@@ -190,14 +180,14 @@ def spread_by_repeat(op: Emitter, g: gs.Tensor, x: gs.Tensor, window: Window) ->
         d = op.Reshape(tiles, [0, 0, *full])
         begin, image = window.begin, window.image
         missing = [max(x_ + a - f, 0) for x_, a, f in zip(image, begin, full, strict=True)]
-        d = _pad(op, d, [0] * window.rank, missing, window.spatial)
+        d = zero_pad(op, d, [0] * window.rank, missing, window.spatial)
         if begin == [0] * window.rank and all(f + m == x_ for f, m, x_ in zip(full, missing, image, strict=True)):
             return d
-        return _window_of(op, d, x, window)
-    end = op.Mul(op.Shape(g, start=2), _int64(op, window.strides))
+        return image_part(op, d, x, window)
+    end = op.Mul(op.Shape(g, start=2), int64s(op, window.strides))
     d = op.Reshape(tiles, op.Concat(op.Shape(g, start=0, end=2), end, axis=0))
-    d = _pad(op, d, [0] * window.rank, [s - 1 for s in window.strides], window.spatial)
-    return _window_of(op, d, x, window)
+    d = zero_pad(op, d, [0] * window.rank, [s - 1 for s in window.strides], window.spatial)
+    return image_part(op, d, x, window)
 
 
 def spread(op: Emitter, g: gs.Tensor, x: gs.Tensor, window: Window) -> gs.Tensor:
@@ -229,14 +219,14 @@ def _counts(op: Emitter, x: gs.Tensor, y: gs.Tensor, window: Window, end: Any, i
         if np.all(counts == counts.flat[0]):
             counts = counts.flat[:1].reshape([])
         return op.constant(np.asarray(counts, dtype))
-    a = _int64(op, begin) if isinstance(begin, list) else begin
-    b = _int64(op, end) if isinstance(end, list) else end
+    a = int64s(op, begin) if isinstance(begin, list) else begin
+    b = int64s(op, end) if isinstance(end, list) else end
     zero = op.constant(np.asarray(0, np.int64))
     one = op.constant(np.asarray(1, np.int64))
     for axis in range(rank):
         here = op.constant(np.asarray(axis, np.int64))
         pad = op.Gather(a, here)
-        size = op.Gather(_spatial_shape(op, x), here)
+        size = op.Gather(spatial_shape(op, x), here)
         p = op.Range(zero, op.Gather(op.Shape(y, start=2), here), one)
         start = op.Sub(op.Mul(p, op.constant(np.asarray(window.strides[axis], np.int64))), pad)
         taps = np.arange(kernel[axis], dtype=np.int64) * window.dilations[axis]
@@ -254,7 +244,7 @@ def _counts(op: Emitter, x: gs.Tensor, y: gs.Tensor, window: Window, end: Any, i
 def _sum_window(op: Emitter, x: gs.Tensor, y: gs.Tensor, **attrs: Any) -> Window:
     """The window of a pool whose cotangent needs the output's sizes."""
     window = _window(op, x, y, **attrs)
-    inferred = _sizes(op, y)
+    inferred = static_sizes(op, y)
     if window.map is not None and inferred not in (None, window.map):
         # A last position that starts in the end pad is dropped by executors, and counted by ONNX's shape
         # inference before opset 22; a graph that holds both shapes cannot be loaded.
@@ -306,7 +296,7 @@ def _lp_pool(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, *, p: int, *
 
 
 def _global_average_pool(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
-    sizes = _sizes(op, x)
+    sizes = static_sizes(op, x)
     if sizes is not None:
         share = op.Mul(g, 1.0 / int(np.prod(sizes)))
     else:
@@ -318,7 +308,7 @@ def _global_max_pool(op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor) -> g
     flat = op.Reshape(x, [0, 0, -1])
     where = op.ArgMax(flat, axis=2, keepdims=1)  # [N, C, 1]
     end = op.Reshape(op.Shape(flat, start=2), op.constant(np.zeros(0, np.int64)))
-    sizes = _sizes(op, x)
+    sizes = static_sizes(op, x)
     positions: Any = (
         op.constant(np.arange(int(np.prod(sizes)), dtype=np.int64))
         if sizes is not None
