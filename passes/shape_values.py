@@ -18,6 +18,12 @@ _ARITHMETIC = frozenset(
      "Range", "ReduceProd", "ReduceSum", "Reshape", "ScatterND", "Size", "Slice", "Squeeze", "Sub", "Transpose",
      "Unsqueeze", "Where"}
 )  # fmt: skip
+#: Operators whose output's size is said by operands, and which operands.
+_SIZED = {
+    "CenterCropPad": (1,), "Col2Im": (1, 2), "ConstantOfShape": (0,), "Expand": (1,), "Pad": (1, 3), "Range": (0, 1, 2),
+    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Tile": (1,), "TopK": (1,),
+    "Upsample": (1,),
+}  # fmt: skip
 #: Sizes are short; longer tensors are somebody's data.
 _LONGEST = 64
 
@@ -33,13 +39,16 @@ def infer_through_values(proto: onnx.ModelProto) -> onnx.ModelProto:
         proto: its ``value_info`` holds what is known already.
 
     Returns:
-        the same nodes with more ``value_info``; ``proto`` itself where each tensor has its number of dimensions.
+        the same nodes with more ``value_info``; ``proto`` itself where each tensor has its number of dimensions, and
+        no size that is computed leaves one of them open.
     """
     while True:
-        unknown = _unknown(proto)
-        if not unknown:
+        unknown, sized = _unknown(proto), _sized(proto)
+        if not unknown and not sized:
             return proto
         values = _values(proto)
+        if not unknown and not any(sizes <= values.keys() for sizes in sized):
+            return proto
         folded = onnx.ModelProto()
         folded.CopyFrom(proto)
         nodes = [n for n in proto.graph.node if not n.output or n.output[0] not in values]
@@ -54,7 +63,11 @@ def infer_through_values(proto: onnx.ModelProto) -> onnx.ModelProto:
             found = onnx.shape_inference.infer_shapes(folded, data_prop=True)
         except Exception:  # shapes contradict each other: told where it matters
             return proto
-        news = [i for i in found.graph.value_info if i.name in unknown and i.type.tensor_type.HasField("shape")]
+        before = {i.name: _known(i.type) for i in proto.graph.value_info if i.name not in unknown}
+        news = [
+            i for i in found.graph.value_info
+            if i.type.tensor_type.HasField("shape") and _known(i.type) > before.get(i.name, -1)
+        ]  # fmt: skip
         if not news:
             return proto
         made = onnx.ModelProto()
@@ -75,6 +88,26 @@ def _unknown(proto: onnx.ModelProto) -> set[str]:
         n for n, k in kinds.items()
         if k is None or (k.WhichOneof("value") in ("tensor_type", None) and not k.tensor_type.HasField("shape"))
     }  # fmt: skip
+
+
+def _known(kind: onnx.TypeProto) -> int:
+    """How many dimensions are numbers."""
+    return sum(d.HasField("dim_value") for d in kind.tensor_type.shape.dim)
+
+
+def _sized(proto: onnx.ModelProto) -> list[set[str]]:
+    """The tensors that say a size, of each node whose output's is computed by nodes and not all known."""
+    infos = {i.name: i.type for i in proto.graph.value_info}
+    made = {name for n in proto.graph.node if n.op_type != "Constant" for name in n.output if name}
+    found = []
+    for node in proto.graph.node:
+        sizes = {node.input[k] for k in _SIZED.get(node.op_type, ()) if k < len(node.input) and node.input[k]}
+        if node.domain not in ("", "ai.onnx") or not made & sizes:
+            continue
+        kinds = [infos[name] for name in node.output if name in infos]
+        if any(_known(kind) < len(kind.tensor_type.shape.dim) for kind in kinds):
+            found.append(sizes)
+    return found
 
 
 def _values(proto: onnx.ModelProto) -> dict[str, np.ndarray]:

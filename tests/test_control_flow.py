@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper
 import onnx.numpy_helper
 import onnx.parser
 import pytest
@@ -166,6 +167,23 @@ def test_a_branch_that_shapes_decide() -> None:
     assert "If" not in {n.op_type for n in zilc.levelize(proto, dims={"N": 3}).model.graph.node}
     check(proto, {"x": RNG.standard_normal((3, 4))}, dims={"N": 3})
     check(proto, {"x": RNG.standard_normal((2, 4))})
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_branches_of_different_rank(batch: int) -> None:
+    """As PyTorch guards a squeeze whose dimension may be 1; what is declared of the output fits one branch only."""
+    text = f"""{HEAD} g (double[N,3,4] x) => (double[R,5] y) <double[4,5] w, double[5] b> {{
+      h = Tanh(x)
+      s = Shape <start = 0, end = 1> (h)  one = Constant <value_ints = [1]> ()  q = Equal(s, one)  c = Squeeze(q)
+      i = If(c) <then_branch = t () => (double[3,4] ti) {{ z = Constant <value_ints = [0]> ()  ti = Squeeze(h, z) }},
+                 else_branch = e () => (double[N,3,4] ei) {{ ei = Identity(h) }}>
+      rows = Constant <value_ints = [-1, 4]> ()  r = Reshape(i, rows)  m = MatMul(r, w)  y = Add(m, b)
+    }}"""
+    proto = model(text)
+    if batch == 1:
+        proto.graph.value_info.append(onnx.helper.make_tensor_value_info("i", onnx.TensorProto.DOUBLE, [3, 4]))
+    assert "If" in {n.op_type for n in zilc.levelize(proto).model.graph.node}
+    check(proto, {"x": RNG.standard_normal((batch, 3, 4))})
 
 
 def test_a_scan_of_known_length_is_unrolled() -> None:

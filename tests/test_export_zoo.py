@@ -116,6 +116,29 @@ def test_ranks_follow_computed_sizes() -> None:
     assert np.allclose(gradient, (y[:, None, None] * x.reshape(2, 2, 3)).sum(0))
 
 
+def test_sizes_follow_computed_pads() -> None:
+    """PyTorch's exporter reverses and flattens the pads of F.pad in the graph."""
+    text = """
+    <ir_version: 9, opset_import: ["" : 18]>
+    g (float[N, 4] x) => (float[P, Q] y)
+    <int64[4] pads = {0, 1, 0, 2}, int64[2] pairs = {2, 2}, int64[1] flat = {-1}>
+    {
+      square = Reshape(pads, pairs)
+      turned = Transpose <perm = [1, 0]> (square)
+      back = Transpose <perm = [1, 0]> (turned)
+      given = Reshape(back, flat)
+      padded = Pad(x, given)
+      half = Relu(padded)
+      y = Tanh(half)
+    }
+    """
+    plain = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)
+    made = infer_through_values(plain)
+    for found, width in ((plain, 0), (made, 7)):
+        dims = {i.name: i.type.tensor_type.shape.dim for i in found.graph.value_info}
+        assert [dims[name][1].dim_value for name in ("padded", "half")] == [width, width]
+
+
 def test_scales_of_a_resize_stay_float32() -> None:
     """The operator takes no others, whatever it resizes; a scale that is computed is cast."""
     text = """

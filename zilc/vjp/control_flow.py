@@ -77,7 +77,8 @@ def _if(op: Emitter, node: gs.Node, cotangents: Cotangents) -> dict[int, gs.Tens
         inner = op.inside()
         outputs, nodes = instantiate(inner, node.attrs[key], {})
         emitters[key] = inner
-        found[key] = reverse(inner, nodes, _seeds(inner, outputs, cotangents), [t.name for _, t in wanted])
+        arriving = [_of_branch(inner, t, g) for t, g in zip(outputs, cotangents, strict=False)]
+        found[key] = reverse(inner, nodes, _seeds(inner, outputs, arriving), [t.name for _, t in wanted])
     wanted = [(k, t) for k, t in wanted if any(t.name in got for got in found.values())]
     if not wanted:
         return {}
@@ -88,6 +89,22 @@ def _if(op: Emitter, node: gs.Node, cotangents: Cotangents) -> dict[int, gs.Tens
     made = [gs.Variable(op.fresh(f"{op.prefix}/If.{t.name}"), op.dtype(t), op.dims(t)) for _, t in wanted]
     _append(op, "If", [node.inputs[0]], made, **branches)
     return {k: out for (k, _), out in zip(wanted, made, strict=True)}
+
+
+def _of_branch(op: Emitter, output: gs.Tensor, g: gs.Tensor | None) -> gs.Tensor | None:
+    """The cotangent in the shape of what this branch gives.
+
+    Branches may differ in rank (PyTorch exports ``squeeze`` of a dimension that may be 1 so), and what was inferred
+    outside fits one of them at best; in the one that is taken no element moves.
+    """
+    if g is None:
+        return None
+    ours, theirs = op.dims(output), op.dims(g)
+    if ours is None or (theirs is not None and len(ours) == len(theirs)):
+        return g
+    made = op.Reshape(g, op.Shape(output))
+    made.shape = list(ours)
+    return made
 
 
 # -- iterations --
