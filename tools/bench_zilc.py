@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_task import Made, Task, count
+from bench_task import Made, Task
 
 
 def zil(task: Task, imported: Callable[[], None]) -> Made:
@@ -42,8 +43,10 @@ def _make(task: Task, imported: Callable[[], None], how: dict[str, Any]) -> Made
     feeds = task.feeds()
     versions = {"zilc": zilc.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     facts = {"operators": _operators(step.model), "provider": trainer.providers[0]}
-    names = tuple(entry["name"] for entry in trainer.signature["parameters"])
-    return Made(lambda: trainer.step(feeds), count(trainer.state, names), versions, facts)
+    dims = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
+    numbers = sum(math.prod(dims[entry["name"]]) for entry in trainer.signature["parameters"])
+    del step  # what it was made from is not needed to train
+    return Made(lambda: trainer.step(feeds), numbers, versions, facts)
 
 
 def _limit_threads(onnxruntime: Any, threads: int) -> None:

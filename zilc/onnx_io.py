@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -161,27 +161,44 @@ def set_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.Tensor
     if not aside:
         return proto, []
     names = {t.name for t in aside}
-    light = onnx.ModelProto()
-    for descriptor, value in proto.ListFields():
-        if descriptor.name == "graph":
-            continue
-        if isinstance(value, (int, str, bytes)):
-            setattr(light, descriptor.name, value)
-        else:
-            getattr(light, descriptor.name).extend(value)
-    for descriptor, value in graph.ListFields():
-        if descriptor.name == "initializer":
-            light.graph.initializer.extend(t for t in value if t.name not in names)
-        elif isinstance(value, str):
-            setattr(light.graph, descriptor.name, value)
-        else:
-            getattr(light.graph, descriptor.name).extend(value)
+    light = _without_initializers(proto)
+    light.graph.initializer.extend(t for t in graph.initializer if t.name not in names)
     listed = {i.name for i in graph.input}
     for tensor in aside:
         if tensor.name not in listed:
             info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             light.graph.input.append(info)
     return light, aside
+
+
+def _without_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that no large value was copied for."""
+    made = onnx.ModelProto()
+    _copy_fields(proto, made, but=("graph",))
+    _copy_fields(proto.graph, made.graph, but=("initializer",))
+    return made
+
+
+def _copy_fields(source: Any, into: Any, *, but: Collection[str]) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name in but:
+            continue
+        if isinstance(value, (int, str, bytes)):
+            setattr(into, descriptor.name, value)
+        else:
+            getattr(into, descriptor.name).extend(value)
+
+
+#: Where a TensorProto may hold its numbers.
+DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+
+
+def without_values(proto: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """A copy in which the named initializers have their types, shapes and places, but no numbers."""
+    made = _without_initializers(proto)
+    for tensor in proto.graph.initializer:
+        _copy_fields(tensor, made.graph.initializer.add(), but=DATA_FIELDS if tensor.name in names else ())
+    return made
 
 
 def put_back(light: onnx.ModelProto, proto: onnx.ModelProto) -> None:
@@ -873,7 +890,7 @@ def _save_external(proto: onnx.ModelProto, path: Path, base_dir: str) -> bytes:
             handle.write(b"\0" * (-handle.tell() % 64))
             offset = handle.tell()
             handle.write(array.tobytes())
-            for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+            for field in DATA_FIELDS:
                 tensor.ClearField(field)
             del tensor.external_data[:]
             tensor.data_location = onnx.TensorProto.EXTERNAL

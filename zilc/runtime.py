@@ -36,11 +36,11 @@ from zilc.data import (
 )
 from zilc.errors import DataError, OptionError
 from zilc.metrics import Meter, accuracies
-from zilc.onnx_io import ModelSource
+from zilc.onnx_io import ModelSource, Source
 from zilc.pipeline import TrainingStep
 from zilc.providers import CUDA, Providers, choose_providers
 from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, make_training_session, run_error
-from zilc.trained import Ties, export_trained
+from zilc.trained import Ties, export_trained, without_values
 
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
 
@@ -131,11 +131,14 @@ class Trainer:
 
     def _open(self, step: Any, state: Any) -> None:
         """The model, its signature and digest, and the state to begin with."""
-        self._step: TrainingStep | None = None
         self._path: Path | None = None
+        self._original: Source | None = None
+        self._ties: Ties = {}
         where = "state"
         if isinstance(step, TrainingStep):
-            self._step = step
+            # The step is not kept: with it would be a second copy of all weights.
+            self._ties = step.ties
+            self._original = without_values(step.source, self._exported(step.signature), step.ties)
             self._model, self.signature, self._folder = step.model, step.signature, step.source.base_dir
             self.digest = checkpoint.graph_digest(onnx_io.serialize(step.model))
             state = step.state if state is None else state
@@ -157,7 +160,12 @@ class Trainer:
 
     @property
     def _name(self) -> str | None:
-        return str(self._path) if self._path else self._step.source.name if self._step else None
+        return str(self._path) if self._path else self._original.name if self._original else None
+
+    @staticmethod
+    def _exported(signature: Mapping[str, Any]) -> list[str]:
+        """State that goes back into the original model."""
+        return [e["name"] for e in (*signature["parameters"], *signatures.of_the_model(signature))]
 
     def _open_session(self, model: onnx.ModelProto) -> Any:
         return make_session(model, self._requested, folder=self._folder, where=self._name)
@@ -244,19 +252,19 @@ class Trainer:
 
     def _load(self, state: Mapping[str, np.ndarray], where: str) -> None:
         check_names(self._carried, state, where=where, extra=False)
-        loaded = {}
+        # Looked at first and written then, one by one: a state may be read from a file, and all of it is much.
         for name, spec in self._carried.items():
             array = np.asarray(state[name])
             if array.dtype != spec.dtype or array.shape != spec.dims:
                 found = f"{array.dtype.name} {shown(array.shape)}"
                 expected = f"{spec.dtype.name} {shown(spec.dims or ())}"
                 raise DataError(f"'{name}' is {found}, expected {expected}", where=where)
-            loaded[name] = array
-        for name, array in loaded.items():
-            self._sides[self._side][name].write(array)
+        self._torn = "it was being read"
+        for name in self._carried:
+            self._sides[self._side][name].write(np.asarray(state[name]))
         self._torn = ""
         step = self.signature["step"]
-        self.updates = int(loaded[step["name"]]) if step else 0
+        self.updates = int(self._sides[self._side][step["name"]].read()) if step else 0
 
     # -- running --
 
@@ -464,8 +472,8 @@ class Trainer:
         self._ensure_whole()
         if model is not None:
             source, tied = onnx_io.load(model), dict(ties or {})
-        elif self._step is not None:
-            source, tied = self._step.source, self._step.ties
+        elif self._original is not None:
+            source, tied = self._original, self._ties
         else:
             raise OptionError(
                 "a training graph's file does not name the model that it was made from",
@@ -473,9 +481,7 @@ class Trainer:
                 hint="Pass it: trainer.export(path, model='MODEL.onnx').",
             )
         now = self._sides[self._side]
-        own = signatures.of_the_model(self.signature)
-        names = [entry["name"] for entry in (*self.signature["parameters"], *own)]
-        export_trained(source, {name: now[name].read() for name in names}, tied, path)
+        export_trained(source, {name: now[name].view() for name in self._exported(self.signature)}, tied, path)
 
 
 class _Evaluator:

@@ -166,6 +166,10 @@ class Buffer:
     def read(self) -> np.ndarray:
         return self.array.copy() if self.array is not None else self.value.numpy()
 
+    def view(self) -> np.ndarray:
+        """What it holds now, for as long as no update is made: on the CPU its own memory."""
+        return self.array if self.array is not None else self.value.numpy()
+
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Zeros that start on a cache line, as onnxruntime's own tensors do; numpy aligns to 16 bytes only."""

@@ -16,7 +16,7 @@ from zilc import onnx_io
 from zilc.data import DataSource, examples, fed, names_in, specs
 from zilc.errors import DataError, FileError, OptionError
 from zilc.onnx_io import ModelSource, Source
-from zilc.pipeline import TrainingStep, emit_training
+from zilc.pipeline import emit_training
 from zilc.providers import choose_providers
 from zilc.runtime import Progress, Trainer
 
@@ -31,7 +31,8 @@ class Trained:
         device: which execution provider ran, and why.
         providers: onnxruntime's names of those in use.
         notes: what the user should know, one line each.
-        step: the training graph.
+        signature: the training graph's interface.
+        report: what was trained, what was left out and why, as of :func:`zilc.emit_training`.
     """
 
     path: Path
@@ -39,7 +40,8 @@ class Trained:
     device: str
     providers: list[str]
     notes: list[str]
-    step: TrainingStep
+    signature: dict[str, Any]
+    report: dict[str, Any]
 
 
 def train(
@@ -90,6 +92,8 @@ def train(
     train_set = examples(expected, data, batch_size)
     val_set = examples(expected, val, batch_size) if val is not None else None
     trainer = Trainer(step, lr=lr, providers=providers, seed=seed)
+    report, before = step.report, dict(step.state) if step.signature.get("loss_scale") else None
+    del source, step  # each holds the weights that the trainer has copied
     notes = train_set.notes + (val_set.notes if val_set else [])
     if on_start is not None:
         on_start(trainer, line, notes)
@@ -98,9 +102,10 @@ def train(
         class_axis=options.get("class_axis"), on_batch=on_batch, on_epoch=on_epoch,
     )  # fmt: skip
     _check_finite(trainer)
-    _check_moved(trainer, step)
+    if before is not None:
+        _check_moved(trainer, before)
     trainer.export(out)
-    return Trained(Path(out), history, line, trainer.providers, notes, step)
+    return Trained(Path(out), history, line, trainer.providers, notes, trainer.signature, report)
 
 
 def _check_numbers(lr: float, epochs: int, batch_size: int) -> None:
@@ -161,14 +166,14 @@ def _check_finite(trainer: Trainer) -> None:
             )
 
 
-def _check_moved(trainer: Trainer, step: TrainingStep) -> None:
+def _check_moved(trainer: Trainer, before: Mapping[str, np.ndarray]) -> None:
     """Where loss scaling skips updates, some update was none that it skipped."""
-    scale = trainer.signature.get("loss_scale")
+    scale = trainer.signature["loss_scale"]
     state = trainer.state
-    if scale is None or state[scale["good_steps"]]:
+    if state[scale["good_steps"]]:
         return
     names = [p["name"] for p in trainer.signature["parameters"]]
-    if all(np.array_equal(state[name], step.state[name]) for name in names):
+    if all(np.array_equal(state[name], before[name]) for name in names):
         raise DataError(
             f"every update was skipped: gradients were not finite, down to a loss scale of {state[scale['scale']]:g}",
             hint="Use --precision bfloat16 or float32, and look for values in the data that are not finite.",

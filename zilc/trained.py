@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,17 @@ def export_trained(
     if outside:
         _spare_the_original(source, outside, Path(path))
     onnx_io.save(proto, path, base_dir=source.base_dir, external=bool(outside))
+
+
+def without_values(source: Source, names: Collection[str], ties: Ties) -> Source:
+    """The original, but for the numbers that :func:`export_trained` will replace: what a trainer must remember of it.
+
+    Args:
+        names: parameters whose values will be given.
+        ties: as there.
+    """
+    replaced = {*names, *(b for b, (a, _) in ties.items() if a in names)}
+    return dataclasses.replace(source, proto=onnx_io.without_values(source.proto, replaced))
 
 
 def with_values(source: Source, values: Mapping[str, np.ndarray], ties: Ties) -> onnx.ModelProto:
@@ -127,7 +139,7 @@ def _write_tensor(tensor: onnx.TensorProto, value: np.ndarray, name: str) -> Non
     """New data under the same name, type, shape and documentation."""
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     _expect(name, value, dtype, tuple(tensor.dims))
-    for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data"):
+    for field in (*onnx_io.DATA_FIELDS, "external_data"):
         tensor.ClearField(field)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         tensor.data_location = onnx.TensorProto.DEFAULT
