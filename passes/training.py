@@ -181,11 +181,11 @@ class TrainingGraph:
         op = self.op
         for clamp, (_, direction, factor) in zip(self.clamps, self._losses, strict=True):
             with op.place(f"{clamp.output}.loss", vertex=clamp.output, level=0, role="loss", step=0):
-                if self.rate_in_errors:
-                    factor = self.lr if factor is None else op.Mul(factor, self.lr)
+                rate = self.lr if self.rate_in_errors else None
                 if self.scale is not None:
-                    factor = self.scale if factor is None else op.Mul(factor, self.scale)
-                self.clamped[clamp.tensor] = direction if factor is None else op.Mul(direction, factor)
+                    rate = self.scale if rate is None else op.Mul(rate, self.scale)
+                whole = rate if factor is None else factor.times(op, rate)
+                self.clamped[clamp.tensor] = direction if whole is None else op.Mul(direction, whole)
 
     def target_of(self, clamp: Clamp) -> gs.Variable | None:
         """The target input of a trained output; None where the output is the loss."""

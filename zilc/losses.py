@@ -16,8 +16,25 @@ import onnx_graphsurgeon as gs
 from zilc.emit import Dim, Emitter
 from zilc.errors import OptionError
 
-#: The loss of shape [], a direction of mu's shape, and its factor of shape []; None stands for 1.
-Emitted = tuple[gs.Tensor, gs.Tensor, gs.Tensor | None]
+
+@dataclass(frozen=True)
+class Factor:
+    """``number / count``, the count a tensor of shape []."""
+
+    number: float
+    count: gs.Tensor
+
+    def times(self, op: Emitter, rate: gs.Tensor | None = None) -> gs.Tensor:
+        """``number rate / count`` in the fewest nodes; on a small network each of them tells."""
+        if rate is None:
+            return op.Div(op.scalar_like(self.number, self.count), self.count)
+        return op.Div(rate if self.number == 1 else op.Mul(rate, op.scalar_like(self.number, rate)), self.count)
+
+
+#: The loss of shape [], a direction of mu's shape, and its factor; None stands for 1.
+Emitted = tuple[gs.Tensor, gs.Tensor, Factor | None]
+#: Up to so many classes, a matrix of zeros and ones for the labels is cheaper than adding at their places.
+FEW_CLASSES = 1024
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class Loss:
     """A loss.
 
     Attributes:
-        emit: (op, mu, target, class axis) -> (loss of shape [], direction of mu's shape, factor of shape [] or None).
+        emit: (op, mu, target, class axis) -> (loss of shape [], direction of mu's shape, its factor or None).
         labels: its target holds class indices.
         targeted: it has a target at all.
     """
@@ -48,7 +65,7 @@ class Loss:
     ) -> tuple[gs.Tensor, gs.Tensor]:
         """The loss, a scalar, and dL/dmu, of mu's shape, at ``mu``."""
         value, direction, factor = self.emit(op, mu, y, class_axis)
-        return value, direction if factor is None else op.Mul(direction, factor)
+        return value, direction if factor is None else op.Mul(direction, factor.times(op))
 
     def target(self, op: Emitter, mu: gs.Tensor, class_axis: int) -> Target | None:
         """dtype and shape of the target of an output ``mu``; None if the loss has no target.
@@ -89,7 +106,7 @@ def _mse(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
     difference = op.Sub(mu, y)
     n = op.count(mu, op.dtype(mu))
     loss = op.Div(op.ReduceSumSquare(difference, keepdims=0), n)
-    return loss, difference, op.Div(op.scalar_like(2, mu), n)
+    return loss, difference, Factor(2, n)
 
 
 def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -104,11 +121,15 @@ def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -
     log_p = op.LogSoftmax(mu, axis=axis)
     index = op.Unsqueeze(y, [axis])
     n = op.count(y, op.dtype(mu))
-    picked = op.GatherElements(log_p, index, axis=axis)
-    loss = op.Mul(op.ReduceSum(picked, keepdims=0), op.Div(op.scalar_like(-1, mu), n))
-    minus_one = op.Expand(op.scalar_like(-1, mu), op.shape_of(index))
-    difference = op.add_at(op.Exp(log_p), index, minus_one, axis=axis)
-    return loss, difference, op.Div(op.scalar_like(1, mu), n)
+    loss = op.Neg(op.ReduceMean(op.GatherElements(log_p, index, axis=axis), keepdims=0))
+    p, classes = op.Exp(log_p), (op.dims(mu) or [None])[axis]
+    if rank == 2 and isinstance(classes, int) and classes <= FEW_CLASSES and op.dtype(mu) == np.float32:
+        zero_one = op.constant(np.asarray([0, 1], np.float32))
+        difference = op.Sub(p, op.OneHot(y, op.constant(np.asarray(classes, np.int64)), zero_one, axis=axis))
+    else:
+        minus_one = op.Expand(op.scalar_like(-1, mu), op.shape_of(index))
+        difference = op.add_at(p, index, minus_one, axis=axis)
+    return loss, difference, Factor(1, n)
 
 
 def _bce_with_logits(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
@@ -116,7 +137,7 @@ def _bce_with_logits(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int)
     n = op.count(mu, op.dtype(mu))
     softplus = op.Add(op.Relu(mu), op.Log(op.Add(op.Exp(op.Neg(op.Abs(mu))), 1.0)))
     loss = op.Div(op.ReduceSum(op.Sub(softplus, op.Mul(y, mu)), keepdims=0), n)
-    return loss, op.Sub(op.Sigmoid(mu), y), op.Div(op.scalar_like(1, mu), n)
+    return loss, op.Sub(op.Sigmoid(mu), y), Factor(1, n)
 
 
 def _none(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -> Emitted:
