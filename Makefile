@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute cuda-kernels figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute profile cuda-kernels figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -39,6 +39,10 @@ cuda-kernels: .venv/test.stamp
 
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write
+
+# Where a step's time goes, kernel by kernel, beside PyTorch: docs/PROFILE.md.
+profile: .venv/test.stamp
+	.venv/bin/python -W ignore tools/profile_step.py --write
 
 recompute: .venv/test.stamp
 	.venv/bin/python tools/recompute.py --write

@@ -163,7 +163,7 @@ class Trainer:
         return str(self._path) if self._path else self._original.name if self._original else None
 
     @staticmethod
-    def _exported(signature: Mapping[str, Any]) -> list[str]:
+    def _exported(signature: dict[str, Any]) -> list[str]:
         """State that goes back into the original model."""
         return [e["name"] for e in (*signature["parameters"], *signatures.of_the_model(signature))]
 
@@ -471,7 +471,7 @@ class Trainer:
         """
         self._ensure_whole()
         if model is not None:
-            source, tied = onnx_io.load(model), dict(ties or {})
+            source, tied = onnx_io.load(model), ties or {}
         elif self._original is not None:
             source, tied = self._original, self._ties
         else:

@@ -1,0 +1,343 @@
+"""Where a training step's time goes on a CPU: ``python tools/profile_step.py [--networks mlp3] [--write]``.
+
+ONNX Runtime's profiler times every kernel of the step as :class:`zilc.Trainer` runs it; the floating-point operations
+of products and convolutions follow from the shapes that it reports.  The step itself, and PyTorch's, are timed without
+the profiler, in turns (tools/bench.py).  A second table times what was tried instead of what is emitted.
+``make profile`` writes docs/PROFILE.md and docs/profile.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import bench
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+from rich.console import Console
+from rich.table import Table
+
+import zilc
+from zilc import models
+from zilc.machine import processor
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NETWORKS = ("mlp3", "rnn", "transformer", "alexnet", "resnet18", "decoder")
+GROUPS = {
+    "products": ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"),
+    "moving": ("Slice", "Concat", "Pad", "Transpose", "Expand", "Split", "Reshape", "Squeeze", "Unsqueeze", "Gather",
+               "Flatten", "Tile"),
+    "masks and pools": ("MaxPool", "AveragePool", "Where", "Greater", "ScatterElements", "GatherElements", "ScatterND"),
+}  # fmt: skip
+REST = "other"
+#: Rows and columns of the product whose rate stands for what the runtime reaches at best.
+LARGE = 2048
+CPU = ["CPUExecutionProvider"]
+
+
+# --- a step -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def session_options(change: Callable[[Any], None]) -> Iterator[None]:
+    """Sessions made meanwhile have their options changed: zilc has no door for what only a measurement wants."""
+    make = onnxruntime.SessionOptions
+
+    def changed() -> Any:
+        options = make()
+        change(options)
+        return options
+
+    onnxruntime.SessionOptions = changed
+    try:
+        yield
+    finally:
+        onnxruntime.SessionOptions = make
+
+
+def example(network: str, **options: Any) -> tuple[zilc.TrainingStep, dict[str, np.ndarray]]:
+    """A network's training step and a batch, as the benchmark has them."""
+    batch = bench.BATCH.get(network, 20)
+    model = models.build(network, batch=batch)
+    feeds = models.random_feeds(model, batch, np.random.default_rng(0), loss="cross-entropy")
+    return zilc.emit_training(model, loss="cross-entropy", **options), feeds
+
+
+def kernels(network: str, seconds: float) -> list[dict[str, Any]]:
+    """Each kernel of a step: operator, median microseconds, floating-point operations of products."""
+    step, feeds = example(network)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def profiled(options: Any) -> None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+
+        with session_options(profiled):
+            trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < 4 or (time.perf_counter() < end and rounds < 1000):
+            trainer.step(feeds)
+            rounds += 1
+        events = json.loads(Path(trainer._session.end_profiling()).read_text())
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            found[event["name"]].append(event)
+    return [
+        {
+            "name": name.removesuffix("_kernel_time"),
+            "operator": times[0]["args"]["op_name"],
+            "us": statistics.median(e["dur"] for e in times[1:] or times),
+            "operations": operations(times[-1]["args"]),
+        }
+        for name, times in found.items()
+    ]
+
+
+def operations(kernel: dict[str, Any]) -> float:
+    """Multiplications and additions of a product or convolution, by the shapes of operands and result."""
+    name = kernel["op_name"]
+    if name not in GROUPS["products"]:
+        return 0.0
+    x, w, *_ = (next(iter(shape.values())) for shape in kernel["input_type_shape"])
+    y = next(iter(kernel["output_type_shape"][0].values()))
+    if name in ("Conv", "FusedConv"):
+        return 2.0 * math.prod(y) * math.prod(w[1:])
+    if name == "ConvTranspose":
+        return 2.0 * math.prod(x) * math.prod(w[1:])
+    # [m, k] [k, n] -> [m, n], whichever is transposed; y's leading dimensions are those of x, and of w where it has any
+    stack = math.prod(y[:-2]) if len(w) > 2 else 1
+    return 2.0 * math.prod(y) * math.sqrt(math.prod(x) * math.prod(w) / (math.prod(y) * stack))
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def paired(runs: dict[str, Callable[[], object]], rounds: int, inner: int = 1) -> dict[str, float]:
+    """Median milliseconds of each, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(inner):
+                run()
+            times[name].append(1e3 * (time.perf_counter() - start) / inner)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def runner(text: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
+    """A graph in ONNX's text form, its inputs bound."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    model = onnx.parser.parse_model(text)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=CPU)
+    binding = session.io_binding()
+    for given in session.get_inputs():
+        binding.bind_cpu_input(given.name, feeds[given.name])
+    for made in session.get_outputs():
+        binding.bind_output(made.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+HEAD = '<ir_version: 8, opset_import: ["": 17]> g'
+
+
+def large_product() -> float:
+    """GFLOP/s of one large product in ONNX Runtime."""
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((LARGE, LARGE), dtype=np.float32) for name in "xw"}
+    square = f"float[{LARGE},{LARGE}]"
+    run = runner(f"{HEAD} ({square} x, {square} w) => ({square} y) {{ y = MatMul(x, w) }}", feeds)
+    return 2.0 * LARGE**3 / paired({"": run}, 9)[""] / 1e6
+
+
+def tried() -> dict[str, dict[str, float]]:
+    """Milliseconds of what is emitted, first, and of what was tried instead."""
+    rng = np.random.default_rng(0)
+    made: dict[str, dict[str, float]] = {}
+    shape = (20, 64, 112, 112)
+    y = np.maximum(rng.standard_normal(shape, dtype=np.float32), 0)
+    feeds = {"y": y, "g": rng.standard_normal(shape, dtype=np.float32)}
+    maps = "float[20,64,112,112]"
+    forms = {
+        "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
+        "g Cast(y > 0)": "c = Greater(y, z)  s = Cast <to = 1> (c)  o = Mul(g, s)",
+        "g Sign(y)": "s = Sign(y)  o = Mul(g, s)",
+    }
+    made["Relu's derivative on [20, 64, 112, 112]"] = paired(
+        {
+            name: runner(f"{HEAD} ({maps} y, {maps} g) => ({maps} o) <float z = {{0}}> {{ {text} }}", feeds)
+            for name, text in forms.items()
+        },
+        9,
+    )
+    sizes = {"w": (128, 784), "e": (20, 128), "x": (20, 784)}
+    feeds = {name: rng.standard_normal(size, dtype=np.float32) for name, size in sizes.items()}
+    forms = {
+        "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
+        "Gemm(e, x, W), alpha = -1": "o = Gemm <transA = 1, alpha = -1.0> (e, x, w)",
+    }
+    head = f"{HEAD} (float[128,784] w, float[20,128] e, float[20,784] x) => (float[128,784] o)"
+    made["update of a weight of [128, 784]"] = paired(
+        {name: runner(f"{head} {{ {text} }}", feeds) for name, text in forms.items()}, 41, 50
+    )
+    made["mlp3 by threads"] = paired(dict(threads("mlp3")), 21, 200)
+    made["ResNet18 by lowerings"] = paired(dict(lowerings("resnet18")), 7)
+    return made
+
+
+def threads(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps with ONNX Runtime's own number of threads, and with one."""
+    for name, count in {"one a core": 0, "one": 1}.items():
+        step, feeds = example(network)
+        with session_options(functools.partial(limit_threads, count)):
+            trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
+        yield name, functools.partial(trainer.step, feeds)
+
+
+def limit_threads(count: int, options: Any) -> None:
+    """0 leaves their number to ONNX Runtime."""
+    options.intra_op_num_threads = count
+
+
+def lowerings(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps with lowerings by fitted costs, and with those that --tune measures here."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tune in {"by fitted costs": False, "measured here (--tune)": Path(folder) / "costs.json"}.items():
+            step, feeds = example(network, tune=tune)
+            trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
+            yield name, functools.partial(trainer.step, feeds)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+HEADER = [
+    "network", "zilc, ms", "PyTorch, ms", "nodes", *(f"{name}, ms" for name in (*GROUPS, REST)), "GFLOP",
+    "GFLOP/s in products", "of a large product's", "products / PyTorch's step",
+]  # fmt: skip
+
+
+READING = """Made by `make profile`: a training step (SGD, cross-entropy, the benchmark's batches) on a CPU, kernel by
+kernel, by ONNX Runtime's profiler. The profiler adds some microseconds to each kernel, so that on small networks the
+parts are more than the whole, which is timed without it, in turns with PyTorch's eager step. *products* are
+convolutions and matrix products; *moving* is copies, pads, slices and transposes, most of it for the gradients of
+convolutions' weights. One product of {large} x {large} matrices reaches {best:.0f} GFLOP/s here. The last column is
+what zilc would take beside PyTorch if everything but the products cost nothing: where that is near 1 or above, no other
+graph is faster than PyTorch, only other kernels."""
+TRIED = """What is emitted comes first. Relu's derivative as a product would turn an infinite error at a dead unit into
+NaN, so the faster form is not taken. Lowerings of convolutions and pools are in [LOWERINGS.md](LOWERINGS.md)."""
+
+
+def row(network: str, found: list[dict[str, Any]], entry: dict[str, Any], best: float) -> dict[str, Any]:
+    """The figures of a network."""
+    groups = dict.fromkeys((*GROUPS, REST), 0.0)
+    for kernel in found:
+        group = next((name for name, operators in GROUPS.items() if kernel["operator"] in operators), REST)
+        groups[group] += kernel["us"] / 1e3
+    work = sum(kernel["operations"] for kernel in found) / 1e9
+    peers = entry["peers"]
+    return {
+        "network": network, "ms": peers["zilc"]["ms"], "torch_ms": peers["torch"]["ms"],
+        "ratio": peers["torch"]["zilc_ratio"], "nodes": len(found), "groups": groups, "gflop": work,
+        "rate": work / groups["products"] * 1e3, "share": work / groups["products"] * 1e3 / best,
+        "slowest": sorted(found, key=lambda kernel: -kernel["us"])[:10],
+    }  # fmt: skip
+
+
+def cells(entry: dict[str, Any]) -> list[str]:
+    """A row for people."""
+    return [
+        entry["network"], f"{entry['ms']:.3g}", f"{entry['torch_ms']:.3g}", str(entry["nodes"]),
+        *(f"{x:.3g}" for x in entry["groups"].values()), f"{entry['gflop']:.3g}", f"{entry['rate']:.0f}",
+        f"{entry['share']:.0%}", f"{entry['groups']['products'] / entry['torch_ms']:.2f}",
+    ]  # fmt: skip
+
+
+def markdown(made: dict[str, Any]) -> str:
+    """docs/PROFILE.md."""
+    facts = made["facts"]
+    lines = [
+        "# Where a step's time goes", "",
+        textwrap.fill(READING.format(large=LARGE, best=made["best"]), 110), "",
+        f"{facts['date']}, machine {facts['machine']}, Python {facts['Python']}, onnxruntime {facts['onnxruntime']}, "
+        f"torch {facts['torch']}.", "",
+        *bench._grid(HEADER, [cells(entry) for entry in made["rows"]]), "",
+        "## The slowest kernels", "",
+        *bench._grid(
+            ["network", "kernel", "ms", "of all"],
+            [
+                [entry["network"], f"{k['operator']} `{k['name']}`", f"{k['us'] / 1e3:.3g}",
+                 f"{k['us'] / 1e3 / sum(entry['groups'].values()):.1%}"]
+                for entry in made["rows"] for k in entry["slowest"][:5]
+            ],
+        ), "",
+    ]  # fmt: skip
+    if made["tried"]:
+        lines += [
+            "## What was tried", "",
+            textwrap.fill(TRIED, 110), "",
+            *bench._grid(
+                ["what", "how", "ms"],
+                [[what, how, f"{ms:.3g}"] for what, forms in made["tried"].items() for how, ms in forms.items()],
+            ), "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of profiled steps, and of each side's rounds")
+    parser.add_argument("--no-tried", action="store_true", help="leave out what was tried")
+    parser.add_argument("--write", action="store_true", help="write docs/PROFILE.md and docs/profile.json")
+    options = parser.parse_args()
+    console = Console()
+    side = bench.parse(["--seconds", str(options.seconds), "--rounds", str(options.rounds)])
+    best = large_product()
+    rows = []
+    for network in options.networks.split(","):
+        console.print(f"{network} …", markup=False)
+        entry = bench.measure(network, ["zilc", "torch"], options.rounds, side, "sgd", console)
+        rows.append(row(network, kernels(network, options.seconds), entry, best))
+    made: dict[str, Any] = {
+        "facts": {
+            "date": date.today().isoformat(), "machine": f"{processor()} ({os.cpu_count()} cores)",
+            "Python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "torch": version("torch"),
+        },
+        "best": best, "rows": rows, "tried": {} if options.no_tried else tried(),
+    }  # fmt: skip
+    table = Table(*HEADER)
+    for entry in rows:
+        table.add_row(*cells(entry))
+    console.print(table)
+    for what, forms in made["tried"].items():
+        console.print(f"{what}: " + ", ".join(f"{how} {ms:.3g} ms" for how, ms in forms.items()), markup=False)
+    if options.write:
+        (DOCS / "PROFILE.md").write_text(markdown(made))
+        (DOCS / "profile.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
