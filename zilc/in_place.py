@@ -20,7 +20,9 @@ import onnx
 
 #: Operators whose kernel may write over an operand of the result's shape, and which operand: those for which
 #: onnxruntime's CPU provider itself declares it (``MayInplace`` in its kernel definitions).
-_OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,)}
+_OVER = {
+    "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,), "ScatterND": (0,)
+}  # fmt: skip
 
 
 #: Operators whose result is their first operand's memory under another name: who reads the one reads the other.  Those
@@ -93,6 +95,9 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
     order.remove(done)
     writing = {writers[name] for name in over}
     first = next((position for position, i in enumerate(order) if i in writing), len(order))
+    for node in nodes:
+        if not node.name:  # onnxruntime's messages tell nodes by their names
+            node.name = next(filter(None, node.output), "")
     names = [nodes[i].name for i in order]
     harmless = set(names[:first]) - set(names[first:]) - {""}
     del graph.node[:]

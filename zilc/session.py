@@ -20,6 +20,7 @@ from zilc.errors import DataError, ModelError
 from zilc.graph import INFERENCE
 from zilc.in_place import in_place, operands
 from zilc.providers import CPU, Providers, import_onnxruntime
+from zilc.touched_rows import touch_rows
 
 #: A graph that holds more than this, in bytes, is not written to disk and read again.
 _REWRITTEN = 1 << 29
@@ -82,6 +83,7 @@ def make_training_session(
     if not alone or next(onnx_io.external_tensors(model), None) is not None or model.ByteSize() > _REWRITTEN:
         return TrainingSession(make_session(model, providers, folder=folder, where=where))
     ort = import_onnxruntime()
+    model = touch_rows(model)
     options = _options(model, folder)
     with tempfile.TemporaryDirectory(prefix="zilc-") as place:
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")

@@ -1,0 +1,117 @@
+"""Tables that are written only at the rows of a batch: the bits of the sum over the whole table, and fewer numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import zilc
+from zilc import models, session, touched_rows
+
+CPU = ["CPUExecutionProvider"]
+TABLE = """
+<ir_version: 9, opset_import: ["" : 18]>
+g (int64[N, 3] tokens) => (float[N, 3, 5] y) <float[7, 4] table, float[4, 5] w> {
+  x = Gather(table, tokens)
+  h = Tanh(x)
+  y = MatMul(h, w)
+}
+"""
+TIED = """
+<ir_version: 9, opset_import: ["" : 18]>
+g (int64[N, 3] tokens) => (float[N, 3, 7] y) <float[7, 4] table> {
+  x = Gather(table, tokens)
+  h = Tanh(x)
+  t = Transpose <perm = [1, 0]> (table)
+  y = MatMul(h, t)
+}
+"""
+
+
+def _model(text: str) -> onnx.ModelProto:
+    made, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    for info in made.graph.value_info:
+        shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        values = rng.standard_normal(shape, dtype=np.float32)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(values, info.name))
+    del made.graph.value_info[:]
+    return made
+
+
+def _batches(classes: int) -> list[dict[str, np.ndarray]]:
+    """Rows named often, from the end, from both ends at once, all and one alone; batches of several sizes."""
+    tokens = [[[0, 0, 0], [6, -1, 6], [2, 0, -7]], [[0, 1, 2], [3, 4, 5], [6, 6, -1]], [[3, 3, 3]]]
+    return [
+        {"tokens": np.asarray(rows), "target": np.arange(3 * len(rows)).reshape(-1, 3) % classes} for rows in tokens
+    ]
+
+
+def _trained(step: zilc.TrainingStep, feeds: list[dict[str, np.ndarray]]) -> tuple[dict[str, bytes], list[str]]:
+    trainer = zilc.Trainer(step, lr=0.1, providers=CPU)
+    for batch in feeds:
+        trainer.step(batch)
+    return {name: array.tobytes() for name, array in trainer.state.items()}, sorted(trainer._opened.over)
+
+
+@pytest.mark.parametrize(("text", "classes", "kind"), [(TABLE, 5, "Sub"), (TIED, 7, "Add")])
+def test_the_bits_are_those_of_the_whole_table(
+    monkeypatch: pytest.MonkeyPatch, text: str, classes: int, kind: str
+) -> None:
+    step = zilc.emit_training(_model(text), loss="cross-entropy")
+    feeds = _batches(classes)
+    whole, _ = _trained(step, feeds)
+    seen: list[onnx.ModelProto] = []
+
+    def spied(model: onnx.ModelProto) -> onnx.ModelProto:
+        seen.append(touched_rows.touch_rows(model))
+        return seen[-1]
+
+    monkeypatch.setattr(touched_rows, "LARGE", 1)
+    monkeypatch.setattr(session, "touch_rows", spied)
+    rows, over = _trained(step, feeds)
+    assert rows == whole
+    assert "table" in over
+    (made,) = seen
+    onnx.checker.check_model(made, full_check=True)
+    assert [n.op_type for n in made.graph.node if n.op_type in ("Unique", "ScatterND")] == ["Unique", "ScatterND"]
+    assert [n.op_type for n in made.graph.node if n.name.endswith(".rows/after")] == [kind]
+
+
+@pytest.mark.parametrize("network", ["transformer", "decoder"])
+def test_networks_have_the_bits_of_the_whole_table(monkeypatch: pytest.MonkeyPatch, network: str) -> None:
+    sizes: dict[str, Any] = {"vocabulary": 50, "length": 6, "d_model": 16, "heads": 2}
+    model = models.build(network, **sizes)
+    step = zilc.emit_training(model, loss="cross-entropy")
+    feeds = [models.random_feeds(model, 4, np.random.default_rng(k), loss="cross-entropy") for k in range(3)]
+    whole, _ = _trained(step, feeds)
+    monkeypatch.setattr(touched_rows, "LARGE", 50 * 16)
+    assert touched_rows.touch_rows(step.model) is not step.model
+    rows, over = _trained(step, feeds)
+    assert rows == whole
+    assert "embedding.weight" in over
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"outputs": "both"}, {"freeze": "table"}])
+def test_what_needs_the_whole_gradient_keeps_it(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(touched_rows, "LARGE", 1)
+    step = zilc.emit_training(_model(TABLE), loss="cross-entropy", **options)
+    assert touched_rows.touch_rows(step.model) is step.model
+
+
+def test_small_tables_stay_as_they_are() -> None:
+    step = zilc.emit_training(_model(TABLE), loss="cross-entropy")
+    assert touched_rows.touch_rows(step.model) is step.model
+
+
+def test_a_row_that_is_not_there_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(touched_rows, "LARGE", 1)
+    trainer = zilc.Trainer(zilc.emit_training(_model(TABLE), loss="cross-entropy"), lr=0.1, providers=CPU)
+    before = {name: array.tobytes() for name, array in trainer.state.items()}
+    batch = {"tokens": np.asarray([[0, 7, 1]]), "target": np.zeros((1, 3), np.int64)}
+    with pytest.raises(zilc.ZilcError, match="7"):
+        trainer.step(batch)
+    assert {name: array.tobytes() for name, array in trainer.state.items()} == before

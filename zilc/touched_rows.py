@@ -1,0 +1,148 @@
+"""Embeddings: rows that no index of the batch names are neither summed, nor read, nor written.
+
+The gradient of a table is emitted as a sum over a table of zeros, in operators that every provider has.  Where
+onnxruntime runs on the CPU and writes state over itself, most of that is passing over rows in which nothing happens: a
+table of 30,000 rows, of which a batch names some hundred.  Here the sums are made of the named rows alone, and only
+these are written.  Every sum adds the same numbers in the same order, so no bit of the state changes.
+
+Before:  t.next = Sub(t, ScatterElements(zeros of t's shape, rows, g, reduction=add))
+After:   named, place = Unique(rows)
+         t.next = ScatterND(t, named, Sub(Gather(t, named), ScatterElements(zeros, place, g, reduction=add)))
+
+and the same for Add, where a table is also the last layer's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+
+from zilc import onnx_io
+
+#: Elements of a table above which it pays; below, the table is in the cache, and the nodes cost more.
+LARGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """``node`` adds to ``base``, or takes from it, what ``scatter`` sums over ``rows``, each update's row [n]."""
+
+    node: onnx.NodeProto
+    base: str
+    scatter: onnx.NodeProto
+    rows: str
+
+
+def touch_rows(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which tables are changed at the rows that a batch names; the model itself where it has none.
+
+    Args:
+        model: a training graph.
+    """
+    sums = {found.node.output[0]: found for found in _sums(model.graph)}
+    if not sums:
+        return model
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    gone = {found.scatter.output[0] for found in sums.values()}
+    nodes = [node for node in made.graph.node if node.output[0] not in gone]
+    del made.graph.node[:]
+    for node in nodes:
+        found = sums.get(node.output[0])
+        if found is None:
+            made.graph.node.append(node)
+        else:
+            made.graph.node.extend(_at_rows(made.graph, found))
+    return made
+
+
+def _sums(graph: onnx.GraphProto) -> Iterator[_Sum]:
+    producer = {name: node for node in graph.node for name in node.output if name}
+    readers: dict[str, list[onnx.NodeProto | None]] = {o.name: [None] for o in graph.output}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    shapes = {i.name: onnx_io.stated_shape(i.type.tensor_type) for i in graph.input}
+    zeros = {t.name for t in graph.initializer if not t.dims and not onnx.numpy_helper.to_array(t).any()}
+    for node in graph.node:
+        for base, gradient in _operands(node):
+            scatter = producer.get(gradient)
+            if scatter is None or scatter.op_type != "ScatterElements" or len(readers[gradient]) > 1:
+                continue
+            table = base if node.op_type == "Sub" else _taken_from(readers.get(node.output[0], ()), node.output[0])
+            rows = _rows(scatter, producer, zeros)
+            if rows is not None and table is not None and _large(shapes.get(table)):
+                yield _Sum(node, base, scatter, rows)
+                break
+
+
+def _operands(node: onnx.NodeProto) -> list[tuple[str, str]]:
+    """(what is changed, by what), as far as the operator tells."""
+    if node.op_type == "Sub":
+        return [(node.input[0], node.input[1])]
+    return [(node.input[0], node.input[1]), (node.input[1], node.input[0])] if node.op_type == "Add" else []
+
+
+def _taken_from(readers: Sequence[onnx.NodeProto | None], gradient: str) -> str | None:
+    """The table that a gradient is subtracted from, if that is all that is done with it."""
+    if len(readers) != 1 or readers[0] is None or readers[0].op_type != "Sub" or readers[0].input[1] != gradient:
+        return None
+    return readers[0].input[0]
+
+
+def _large(shape: Sequence[object] | None) -> bool:
+    sizes = [n for n in shape or () if isinstance(n, int)]
+    return shape is not None and len(sizes) == len(shape) == 2 and sizes[0] * sizes[1] >= LARGE
+
+
+def _rows(scatter: onnx.NodeProto, producer: dict[str, onnx.NodeProto], zeros: set[str]) -> str | None:
+    """The row of each update, a tensor of one dimension, if whole rows are added to zeros."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in scatter.attribute}
+    base, wide = producer.get(scatter.input[0]), producer.get(scatter.input[1])
+    if attributes.get("reduction") != b"add" or attributes.get("axis", 0) != 0:
+        return None
+    if base is None or base.op_type != "Expand" or base.input[0] not in zeros:
+        return None
+    column = producer.get(wide.input[0]) if wide is not None and wide.op_type == "Expand" else None
+    return column.input[0] if column is not None and column.op_type == "Unsqueeze" else None
+
+
+def _at_rows(graph: onnx.GraphProto, found: _Sum) -> Iterator[onnx.NodeProto]:
+    """The nodes that take the place of a sum over the table and of what joins it with the table."""
+    prefix = f"{found.node.output[0]}.rows"
+    updates = found.scatter.input[2]
+
+    def constant(name: str, value: object) -> str:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.int64), f"{prefix}/{name}"))
+        return f"{prefix}/{name}"
+
+    def made(kind: str, inputs: list[str], *names: str, **attributes: object) -> onnx.NodeProto:
+        outputs = [f"{prefix}/{name}" if name else "" for name in names]
+        return onnx.helper.make_node(kind, inputs, outputs, f"{prefix}/{names[0] or names[-1]}", **attributes)
+
+    second = constant("axis1", [1])
+    # A row counted from the end is the same row: both must be one entry.
+    yield made("Shape", [found.base], "size", start=0, end=1)
+    yield made("Mod", [found.rows, f"{prefix}/size"], "row")
+    yield made("Unique", [f"{prefix}/row"], "named", "", "place")
+    yield made("Shape", [updates], "width", start=1, end=2)
+    yield made("Shape", [f"{prefix}/named"], "count")
+    yield made("Concat", [f"{prefix}/count", f"{prefix}/width"], "shape", axis=0)
+    base = next(n for n in graph.node if n.output[0] == found.scatter.input[0])
+    yield made("Expand", [base.input[0], f"{prefix}/shape"], "zeros")
+    yield made("Unsqueeze", [f"{prefix}/place", second], "column")
+    yield made("Shape", [updates], "whole")
+    yield made("Expand", [f"{prefix}/column", f"{prefix}/whole"], "wide")
+    scattered = [f"{prefix}/zeros", f"{prefix}/wide", updates]
+    yield made("ScatterElements", scattered, "sums", axis=0, reduction="add")
+    yield made("Gather", [found.base, f"{prefix}/named"], "before")
+    yield made(found.node.op_type, [f"{prefix}/before", f"{prefix}/sums"], "after")
+    yield made("Unsqueeze", [f"{prefix}/named", second], "at")
+    yield onnx.helper.make_node(
+        "ScatterND", [found.base, f"{prefix}/at", f"{prefix}/after"], [found.node.output[0]], found.node.name
+    )
