@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -121,7 +122,7 @@ def _at_rows(graph: onnx.GraphProto, found: _Sum) -> Iterator[onnx.NodeProto]:
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.int64), f"{prefix}/{name}"))
         return f"{prefix}/{name}"
 
-    def made(kind: str, inputs: list[str], *names: str, **attributes: object) -> onnx.NodeProto:
+    def made(kind: str, inputs: list[str], *names: str, **attributes: Any) -> onnx.NodeProto:
         outputs = [f"{prefix}/{name}" if name else "" for name in names]
         return onnx.helper.make_node(kind, inputs, outputs, f"{prefix}/{names[0] or names[-1]}", **attributes)
 
