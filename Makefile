@@ -1,5 +1,7 @@
 # Each environment is made once, and again only when what it is made of changes.
 PYTHON ?= python3
+# Processes of `make test`.
+JOBS ?= 2
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
@@ -9,7 +11,7 @@ demo: .venv/demo.stamp
 	.venv/bin/zilc demo
 
 test: .venv/test.stamp browser
-	.venv/bin/python -m pytest -m "not long"
+	.venv/bin/python -m pytest -m "not long" -n $(JOBS) --dist loadfile
 
 exam: .venv/test.stamp browser
 	.venv/bin/python tools/exam.py

@@ -36,7 +36,9 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "vgg19" else ()) for name in zoo.NAMES]
+)
 def test_network(name: str) -> None:
     """Levels; Z-IL and BP in onnxruntime, float32, bit by bit; Z-IL against the loss's slopes in float64."""
     model, values = zoo.network(name, embed=False)

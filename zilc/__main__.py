@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = zilc.main(args=arguments, prog_name="zilc", standalone_mode=False)
+        status = zilc.main(args=arguments, prog_name="zilc", standalone_mode=False, obj=arguments)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -311,7 +311,8 @@ def _certificate(
             model, loss=training["loss"], class_axis=training["class_axis"],
             identities=placement,  # type: ignore[arg-type]
             inputs=inputs,
-            seed=seed, ablations=ablations, command=shlex.join(["zilc", *sys.argv[1:]]), progress=bar, **selection,
+            seed=seed, ablations=ablations, progress=bar,
+            command=shlex.join(["zilc", *(ctx.find_object(list) or sys.argv[1:])]), **selection,
         )  # fmt: skip
         written = [str(path) for path in made.save(place)]
     if as_json:
