@@ -162,6 +162,53 @@ def runner(text: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
 HEAD = '<ir_version: 8, opset_import: ["": 17]> g'
 
 
+#: What is computed: operands, result, rounds, runs a round, and the forms as ONNX's text, the emitted one first.
+TRIED_FORMS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], int, int, dict[str, str]]] = {
+    "Relu's derivative on [20, 64, 112, 112]": (
+        {"y": (20, 64, 112, 112), "g": (20, 64, 112, 112)}, (20, 64, 112, 112), 9, 1,
+        {
+            "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
+            "g Cast(y > 0)": "c = Greater(y, z)  s = Cast <to = 1> (c)  o = Mul(g, s)",
+            "g Sign(Relu(y))": "r = Relu(y)  s = Sign(r)  o = Mul(g, s)",
+        },
+    ),
+    "update of a weight of [128, 784]": (
+        {"w": (128, 784), "e": (20, 128), "x": (20, 784)}, (128, 784), 41, 50,
+        {
+            "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
+            "Gemm(e, x, W), alpha = -1": "o = Gemm <transA = 1, alpha = -1.0> (e, x, w)",
+        },
+    ),
+    "Softmax's derivative on [4, 8, 128, 128]": (
+        {"y": (4, 8, 128, 128), "g": (4, 8, 128, 128)}, (4, 8, 128, 128), 21, 10,
+        {
+            "y (g - sum(g y))": "p = Mul(g, y)  s = ReduceSum(p, last)  d = Sub(g, s)  o = Mul(y, d)",
+            "g y - y sum(g y)": "p = Mul(g, y)  s = ReduceSum(p, last)  q = Mul(y, s)  o = Sub(p, q)",
+            "the sum as g y^T, row by row":
+                "k = Constant <value_ints = [-2]> ()  a = Unsqueeze(g, k)  b = Unsqueeze(y, last)  s = MatMul(a, b)  "
+                "t = Squeeze(s, last)  "
+                "d = Sub(g, t)  o = Mul(y, d)",
+        },
+    ),
+    "sum over the rows of [1024, 256] (biases, LayerNormalization's scale)": (
+        {"g": (1024, 256)}, (1, 256), 41, 20,
+        {
+            "ReduceSum": "o = ReduceSum(g, first)",
+            "a product with ones": "n = Shape <start = 0, end = 1> (g)  i = Constant <value_ints = [1]> ()  "
+                "k = Concat <axis = 0> (i, n)  u = ConstantOfShape <value = float[1] {1}> (k)  o = MatMul(u, g)",
+        },
+    ),
+    "sum over a map's places on [20, 64, 56, 56] (BatchNormalization)": (
+        {"g": (20, 64, 56, 56), "x": (20, 64, 56, 56)}, (1, 64, 1, 1), 9, 1,
+        {
+            "ReduceSum(g x)": "p = Mul(g, x)  o = ReduceSum(p, others)",
+            "ReduceSum over places, then examples":
+                "p = Mul(g, x)  w = Constant <value_ints = [2, 3]> ()  q = ReduceSum(p, w)  o = ReduceSum(q, first)",
+        },
+    ),
+}  # fmt: skip
+
+
 def large_product() -> float:
     """GFLOP/s of one large product in ONNX Runtime."""
     rng = np.random.default_rng(0)
@@ -173,34 +220,15 @@ def large_product() -> float:
 
 def tried() -> dict[str, dict[str, float]]:
     """Milliseconds of what is emitted, first, and of what was tried instead."""
-    rng = np.random.default_rng(0)
     made: dict[str, dict[str, float]] = {}
-    shape = (20, 64, 112, 112)
-    y = np.maximum(rng.standard_normal(shape, dtype=np.float32), 0)
-    feeds = {"y": y, "g": rng.standard_normal(shape, dtype=np.float32)}
-    maps = "float[20,64,112,112]"
-    forms = {
-        "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
-        "g Cast(y > 0)": "c = Greater(y, z)  s = Cast <to = 1> (c)  o = Mul(g, s)",
-        "g Sign(y)": "s = Sign(y)  o = Mul(g, s)",
-    }
-    made["Relu's derivative on [20, 64, 112, 112]"] = paired(
-        {
-            name: runner(f"{HEAD} ({maps} y, {maps} g) => ({maps} o) <float z = {{0}}> {{ {text} }}", feeds)
-            for name, text in forms.items()
-        },
-        9,
-    )
-    sizes = {"w": (128, 784), "e": (20, 128), "x": (20, 784)}
-    feeds = {name: rng.standard_normal(size, dtype=np.float32) for name, size in sizes.items()}
-    forms = {
-        "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
-        "Gemm(e, x, W), alpha = -1": "o = Gemm <transA = 1, alpha = -1.0> (e, x, w)",
-    }
-    head = f"{HEAD} (float[128,784] w, float[20,128] e, float[20,784] x) => (float[128,784] o)"
-    made["update of a weight of [128, 784]"] = paired(
-        {name: runner(f"{head} {{ {text} }}", feeds) for name, text in forms.items()}, 41, 50
-    )
+    for what, (operands, result, rounds, inner, forms) in TRIED_FORMS.items():
+        rng = np.random.default_rng(0)
+        feeds = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in operands.items()}
+        given = ", ".join(f"float{list(shape)} {name}" for name, shape in operands.items())
+        constants = "<float z = {0}, int64[1] first = {0}, int64[1] last = {-1}, int64[3] others = {0, 2, 3}>"
+        head = f"{HEAD} ({given}) => (float{list(result)} o) {constants}"
+        runs = {form: runner(f"{head} {{ {text} }}", feeds) for form, text in forms.items()}
+        made[what] = paired(runs, rounds, inner)
     made["mlp3 by threads"] = paired(dict(threads("mlp3")), 21, 200)
     made["ResNet18 by lowerings"] = paired(dict(lowerings("resnet18")), 7)
     return made

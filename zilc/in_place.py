@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import onnx
 
 #: Operators whose kernel may write over an operand of the result's shape, and which operand: those for which
-#: onnxruntime's CPU provider itself declares it (``MayInplace`` in its kernel definitions).
+#: onnxruntime's CPU provider itself declares it (``MayInplace`` in its kernel definitions), and ScatterND, whose kernel
+#: looks whether both are the same memory and copies only if not.
 _OVER = {
     "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,), "ScatterND": (0,)
 }  # fmt: skip
