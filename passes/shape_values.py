@@ -21,8 +21,7 @@ _ARITHMETIC = frozenset(
 #: Operators whose output's size is said by operands, and which operands.
 _SIZED = {
     "CenterCropPad": (1,), "Col2Im": (1, 2), "ConstantOfShape": (0,), "Expand": (1,), "Pad": (1, 3), "Range": (0, 1, 2),
-    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Tile": (1,), "TopK": (1,),
-    "Upsample": (1,),
+    "Reshape": (1,), "Resize": (3,), "Slice": (1, 2, 3, 4), "Split": (1,), "Tile": (1,), "TopK": (1,),
 }  # fmt: skip
 #: Sizes are short; longer tensors are somebody's data.
 _LONGEST = 64

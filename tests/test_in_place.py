@@ -216,3 +216,16 @@ def test_an_interrupt_leaves_a_whole_state() -> None:
     fresh = zilc.Trainer(step, lr=0.01, providers=CPU)
     fresh.step(feeds)
     assert trainer.step(feeds) == fresh.step(feeds)
+
+
+def test_unnamed_nodes_get_names_of_their_own() -> None:
+    """onnxruntime names a Cast that it adds as the output of the node before, which may have no name itself."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18]>
+        g (float16[N, 4] x) => (float16[N, 3] y) <float16[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}> {
+          h = Tanh(x)
+          y = MatMul(h, w)
+        }""")
+    trainer = zilc.Trainer(zilc.emit_training(model), lr=0.01, providers=CPU)
+    feeds = {"x": np.ones((2, 4), np.float16), "target": np.ones((2, 3), np.float16)}
+    assert trainer.step(feeds) > trainer.step(feeds)

@@ -11,6 +11,7 @@ import pytest
 
 import zilc
 from zilc import models, session, touched_rows
+from zilc import signature as signatures
 
 CPU = ["CPUExecutionProvider"]
 TABLE = """
@@ -34,7 +35,7 @@ g (int64[N, 3] tokens) => (float[N, 3, 7] y) <float[7, 4] table> {
 
 def _model(text: str) -> onnx.ModelProto:
     made, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
-    for info in made.graph.value_info:
+    for info in list(made.graph.value_info):
         shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
         values = rng.standard_normal(shape, dtype=np.float32)
         made.graph.initializer.append(onnx.numpy_helper.from_array(values, info.name))
@@ -57,17 +58,26 @@ def _trained(step: zilc.TrainingStep, feeds: list[dict[str, np.ndarray]]) -> tup
     return {name: array.tobytes() for name, array in trainer.state.items()}, sorted(trainer._opened.over)
 
 
-@pytest.mark.parametrize(("text", "classes", "kind"), [(TABLE, 5, "Sub"), (TIED, 7, "Add")])
+def _touched(step: zilc.TrainingStep) -> bool:
+    return touched_rows.touch_rows(step.model, signatures.carried_pairs(step.signature)) is not step.model
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "kind"),
+    [(TABLE, 5, "Sub"), (TIED, 7, "Add"), (TABLE.replace("int64[N, 3]", "int32[N, 3]"), 5, "Sub")],
+)
 def test_the_bits_are_those_of_the_whole_table(
     monkeypatch: pytest.MonkeyPatch, text: str, classes: int, kind: str
 ) -> None:
     step = zilc.emit_training(_model(text), loss="cross-entropy")
     feeds = _batches(classes)
+    if "int32" in text:
+        feeds = [{**batch, "tokens": batch["tokens"].astype(np.int32)} for batch in feeds]
     whole, _ = _trained(step, feeds)
     seen: list[onnx.ModelProto] = []
 
-    def spied(model: onnx.ModelProto) -> onnx.ModelProto:
-        seen.append(touched_rows.touch_rows(model))
+    def spied(model: onnx.ModelProto, pairs: Any) -> onnx.ModelProto:
+        seen.append(touched_rows.touch_rows(model, pairs))
         return seen[-1]
 
     monkeypatch.setattr(touched_rows, "LARGE", 1)
@@ -89,7 +99,7 @@ def test_networks_have_the_bits_of_the_whole_table(monkeypatch: pytest.MonkeyPat
     feeds = [models.random_feeds(model, 4, np.random.default_rng(k), loss="cross-entropy") for k in range(3)]
     whole, _ = _trained(step, feeds)
     monkeypatch.setattr(touched_rows, "LARGE", 50 * 16)
-    assert touched_rows.touch_rows(step.model) is not step.model
+    assert _touched(step)
     rows, over = _trained(step, feeds)
     assert rows == whole
     assert "embedding.weight" in over
@@ -98,13 +108,32 @@ def test_networks_have_the_bits_of_the_whole_table(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"outputs": "both"}, {"freeze": "table"}])
 def test_what_needs_the_whole_gradient_keeps_it(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     monkeypatch.setattr(touched_rows, "LARGE", 1)
-    step = zilc.emit_training(_model(TABLE), loss="cross-entropy", **options)
-    assert touched_rows.touch_rows(step.model) is step.model
+    assert not _touched(zilc.emit_training(_model(TABLE), loss="cross-entropy", **options))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_indices_along_a_row_are_no_rows(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
+    """The same nodes backwards, but each entry of an update goes to a row of its own where the axis is 0."""
+    model = _model(f"""
+        <ir_version: 9, opset_import: ["" : 18]>
+        g (float[6, 6] x) => (float[6, 6] y)
+        <float[6, 6] table, int64[6] to = {{5, 1, 1, 0, 2, 3}}, int64[1] axes = {{{axis}}}, int64[2] size = {{6, 6}}> {{
+          u = Unsqueeze(to, axes)
+          i = Expand(u, size)
+          r = GatherElements <axis = 0> (table, i)
+          y = Mul(r, x)
+        }}""")
+    step = zilc.emit_training(model, loss="energy", wrt="table")
+    rng = np.random.default_rng(1)
+    feeds = [{name: rng.standard_normal((6, 6), dtype=np.float32) for name in ("x", "target")} for _ in range(2)]
+    whole, _ = _trained(step, feeds)
+    monkeypatch.setattr(touched_rows, "LARGE", 1)
+    rows, _ = _trained(step, feeds)
+    assert rows == whole
 
 
 def test_small_tables_stay_as_they_are() -> None:
-    step = zilc.emit_training(_model(TABLE), loss="cross-entropy")
-    assert touched_rows.touch_rows(step.model) is step.model
+    assert not _touched(zilc.emit_training(_model(TABLE), loss="cross-entropy"))
 
 
 def test_a_row_that_is_not_there_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

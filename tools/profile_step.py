@@ -123,9 +123,9 @@ def operations(kernel: dict[str, Any]) -> float:
         return 2.0 * math.prod(y) * math.prod(w[1:])
     if name == "ConvTranspose":
         return 2.0 * math.prod(x) * math.prod(w[1:])
-    # [m, k] [k, n] -> [m, n], whichever is transposed; y's leading dimensions are those of x, and of w where it has any
-    stack = math.prod(y[:-2]) if len(w) > 2 else 1
-    return 2.0 * math.prod(y) * math.sqrt(math.prod(x) * math.prod(w) / (math.prod(y) * stack))
+    # [m, k] [k, n] -> [m, n], whichever is transposed
+    inner = math.prod(x[-2:]) * math.prod(w[-2:]) / math.prod(y[-2:])
+    return 2.0 * math.prod(y) * math.sqrt(inner)
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------

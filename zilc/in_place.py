@@ -96,9 +96,12 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
     order.remove(done)
     writing = {writers[name] for name in over}
     first = next((position for position, i in enumerate(order) if i in writing), len(order))
-    for node in nodes:
+    taken = {node.name for node in nodes}
+    for i, node in enumerate(nodes):
         if not node.name:  # onnxruntime's messages tell nodes by their names
-            node.name = next(filter(None, node.output), "")
+            name = next(filter(None, node.output), node.op_type)
+            node.name = name if name not in taken else f"{name}/{i}"
+            taken.add(node.name)
     names = [nodes[i].name for i in order]
     harmless = set(names[:first]) - set(names[first:]) - {""}
     del graph.node[:]

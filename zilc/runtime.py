@@ -259,7 +259,7 @@ class Trainer:
                 found = f"{array.dtype.name} {shown(array.shape)}"
                 expected = f"{spec.dtype.name} {shown(spec.dims or ())}"
                 raise DataError(f"'{name}' is {found}, expected {expected}", where=where)
-        self._torn = "it was being read"
+        self._torn = "the new state could not be read"
         for name in self._carried:
             self._sides[self._side][name].write(np.asarray(state[name]))
         self._torn = ""
@@ -310,7 +310,7 @@ class Trainer:
     def _ensure_whole(self) -> None:
         if self._torn:
             raise DataError(
-                f"an update failed while it was being written, and the state with it: {self._torn}",
+                f"it was being written when that failed, and is neither old nor new: {self._torn}",
                 where="state",
                 hint="Load a state, or make the trainer anew.",
             )

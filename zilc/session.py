@@ -83,7 +83,7 @@ def make_training_session(
     if not alone or next(onnx_io.external_tensors(model), None) is not None or model.ByteSize() > _REWRITTEN:
         return TrainingSession(make_session(model, providers, folder=folder, where=where))
     ort = import_onnxruntime()
-    model = touch_rows(model)
+    model = touch_rows(model, pairs)
     options = _options(model, folder)
     with tempfile.TemporaryDirectory(prefix="zilc-") as place:
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")

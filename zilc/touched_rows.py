@@ -3,7 +3,8 @@
 The gradient of a table is emitted as a sum over a table of zeros, in operators that every provider has.  Where
 onnxruntime runs on the CPU and writes state over itself, most of that is passing over rows in which nothing happens: a
 table of 30,000 rows, of which a batch names some hundred.  Here the sums are made of the named rows alone, and only
-these are written.  Every sum adds the same numbers in the same order, so no bit of the state changes.
+these are written.  Every sum adds the same numbers in the same order, so no bit of the state changes (but for the sign
+of a zero, where a table is tied and both it and another part of its gradient hold -0).
 
 Before:  t.next = Sub(t, ScatterElements(zeros of t's shape, rows, g, reduction=add))
 After:   named, place = Unique(rows)
@@ -14,7 +15,8 @@ and the same for Add, where a table is also the last layer's weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from zilc import onnx_io
+from zilc.in_place import operands
 
 #: Elements of a table above which it pays; below, the table is in the cache, and the nodes cost more.
 LARGE = 1 << 20
@@ -39,13 +42,14 @@ class _Sum:
     rows: str
 
 
-def touch_rows(model: onnx.ModelProto) -> onnx.ModelProto:
+def touch_rows(model: onnx.ModelProto, pairs: Iterable[tuple[str, str]]) -> onnx.ModelProto:
     """A copy in which tables are changed at the rows that a batch names; the model itself where it has none.
 
     Args:
         model: a training graph.
+        pairs: (input, output) that is fed back to it; nothing but what makes such an output is looked at.
     """
-    sums = {found.node.output[0]: found for found in _sums(model.graph)}
+    sums = {found.node.output[0]: found for found in _sums(model.graph, pairs)}
     if not sums:
         return model
     made = onnx.ModelProto()
@@ -62,38 +66,31 @@ def touch_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     return made
 
 
-def _sums(graph: onnx.GraphProto) -> Iterator[_Sum]:
+def _sums(graph: onnx.GraphProto, pairs: Iterable[tuple[str, str]]) -> Iterator[_Sum]:
     producer = {name: node for node in graph.node for name in node.output if name}
-    readers: dict[str, list[onnx.NodeProto | None]] = {o.name: [None] for o in graph.output}
+    readers = Counter(o.name for o in graph.output)
     for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+        readers.update(operands(node))
     shapes = {i.name: onnx_io.stated_shape(i.type.tensor_type) for i in graph.input}
-    zeros = {t.name for t in graph.initializer if not t.dims and not onnx.numpy_helper.to_array(t).any()}
-    for node in graph.node:
-        for base, gradient in _operands(node):
-            scatter = producer.get(gradient)
-            if scatter is None or scatter.op_type != "ScatterElements" or len(readers[gradient]) > 1:
+    held = {t.name: t for t in graph.initializer}
+    for table, following in pairs:
+        update = producer.get(following)
+        if update is None or update.op_type != "Sub" or update.input[0] != table or not _large(shapes.get(table)):
+            continue
+        gradient = producer.get(update.input[1])
+        if gradient is None or readers[update.input[1]] > 1:
+            continue
+        candidates = [(update, table, update.input[1])]
+        if gradient.op_type == "Add":
+            candidates = [(gradient, *gradient.input), (gradient, *reversed(gradient.input))]
+        for node, base, changed_by in candidates:
+            scatter = producer.get(changed_by)
+            if scatter is None or scatter.op_type != "ScatterElements" or readers[changed_by] > 1:
                 continue
-            table = base if node.op_type == "Sub" else _taken_from(readers.get(node.output[0], ()), node.output[0])
-            rows = _rows(scatter, producer, zeros)
-            if rows is not None and table is not None and _large(shapes.get(table)):
+            rows = _rows(scatter, producer, held)
+            if rows is not None:
                 yield _Sum(node, base, scatter, rows)
                 break
-
-
-def _operands(node: onnx.NodeProto) -> list[tuple[str, str]]:
-    """(what is changed, by what), as far as the operator tells."""
-    if node.op_type == "Sub":
-        return [(node.input[0], node.input[1])]
-    return [(node.input[0], node.input[1]), (node.input[1], node.input[0])] if node.op_type == "Add" else []
-
-
-def _taken_from(readers: Sequence[onnx.NodeProto | None], gradient: str) -> str | None:
-    """The table that a gradient is subtracted from, if that is all that is done with it."""
-    if len(readers) != 1 or readers[0] is None or readers[0].op_type != "Sub" or readers[0].input[1] != gradient:
-        return None
-    return readers[0].input[0]
 
 
 def _large(shape: Sequence[object] | None) -> bool:
@@ -101,16 +98,26 @@ def _large(shape: Sequence[object] | None) -> bool:
     return shape is not None and len(sizes) == len(shape) == 2 and sizes[0] * sizes[1] >= LARGE
 
 
-def _rows(scatter: onnx.NodeProto, producer: dict[str, onnx.NodeProto], zeros: set[str]) -> str | None:
+def _rows(
+    scatter: onnx.NodeProto, producer: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
+) -> str | None:
     """The row of each update, a tensor of one dimension, if whole rows are added to zeros."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in scatter.attribute}
     base, wide = producer.get(scatter.input[0]), producer.get(scatter.input[1])
     if attributes.get("reduction") != b"add" or attributes.get("axis", 0) != 0:
         return None
-    if base is None or base.op_type != "Expand" or base.input[0] not in zeros:
+    if base is None or base.op_type != "Expand" or not _is(held.get(base.input[0]), 0):
         return None
     column = producer.get(wide.input[0]) if wide is not None and wide.op_type == "Expand" else None
-    return column.input[0] if column is not None and column.op_type == "Unsqueeze" else None
+    if column is None or column.op_type != "Unsqueeze" or len(column.input) < 2:
+        return None
+    # [n, 1], not [1, n]: one row for all of an update.
+    return column.input[0] if _is(held.get(column.input[1]), 1) else None
+
+
+def _is(tensor: onnx.TensorProto | None, value: int) -> bool:
+    """Whether a constant is one number, this one."""
+    return tensor is not None and np.array_equal(onnx.numpy_helper.to_array(tensor).reshape(-1), [value])
 
 
 def _at_rows(graph: onnx.GraphProto, found: _Sum) -> Iterator[onnx.NodeProto]:
@@ -127,9 +134,10 @@ def _at_rows(graph: onnx.GraphProto, found: _Sum) -> Iterator[onnx.NodeProto]:
         return onnx.helper.make_node(kind, inputs, outputs, f"{prefix}/{names[0] or names[-1]}", **attributes)
 
     second = constant("axis1", [1])
-    # A row counted from the end is the same row: both must be one entry.
+    # A row counted from the end is the same row: both must be one entry.  Rows that are not there the Gather refuses.
     yield made("Shape", [found.base], "size", start=0, end=1)
-    yield made("Mod", [found.rows, f"{prefix}/size"], "row")
+    yield made("Cast", [found.rows], "given", to=onnx.TensorProto.INT64)
+    yield made("Mod", [f"{prefix}/given", f"{prefix}/size"], "row")
     yield made("Unique", [f"{prefix}/row"], "named", "", "place")
     yield made("Shape", [updates], "width", start=1, end=2)
     yield made("Shape", [f"{prefix}/named"], "count")
