@@ -621,6 +621,34 @@ def _grid_sample(attrs: dict[str, Any], x: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(x, grid, mode, padding, corners)
 
 
+@runs("AffineGrid")
+def _affine_grid(attrs: dict[str, Any], theta: Tensor, size: Tensor) -> Tensor:
+    return F.affine_grid(theta, _ints(size), bool(attrs.get("align_corners")))
+
+
+@runs("Col2Im")
+def _col2im(attrs: dict[str, Any], x: Tensor, size: Tensor, block: Tensor) -> Tensor:
+    pads = list(attrs.get("pads", [0, 0, 0, 0]))
+    if len(pads) != 4 or pads[:2] != pads[2:]:
+        raise NoTwin("Col2Im of other than images, or padded to one side")
+    return F.fold(
+        x, _ints(size), _ints(block), list(attrs.get("dilations", [1, 1])), pads[:2], list(attrs.get("strides", [1, 1]))
+    )
+
+
+@runs("DFT")
+def _dft(attrs: dict[str, Any], x: Tensor, length: Tensor | None = None, axis: Tensor | None = None) -> Tensor:
+    if attrs.get("inverse") and attrs.get("onesided"):
+        raise NoTwin("DFT back to real numbers")
+    along = int(attrs.get("axis", 1) if axis is None else axis)
+    along += x.ndim if along < 0 else 0
+    turned = torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x[..., 0] + 0j
+    count = None if length is None else int(length)
+    made = (torch.fft.ifft if attrs.get("inverse") else torch.fft.fft)(turned, count, along)
+    made = made.narrow(along, 0, made.shape[along] // 2 + 1) if attrs.get("onesided") else made
+    return torch.view_as_real(made)
+
+
 @runs("Resize")
 def _resize(
     attrs: dict[str, Any], x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None,

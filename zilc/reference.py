@@ -6,7 +6,8 @@ one shape; ``LRN`` fills as many channels as there are samples; ``LpNormalizatio
 before 14 mixes the batch's statistics into the running ones, with one output too, which means inference;
 ``GridSample`` rounds its places to float32, and ``DeformConv`` is built on it; ``Adam`` of several
 tensors rounds its results to float32; ``Det`` gives float64 for types that are not NumPy's own; ``Optional`` makes
-a list that not every operator takes apart; ``GlobalLpPool`` and ``MaxRoiPool`` are missing.
+a list that not every operator takes apart; ``LogSoftmax`` is the logarithm of a softmax, which is 0 for logits some
+hundreds apart; ``GlobalLpPool`` and ``MaxRoiPool`` are missing.
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ class Gelu(OpRun):
         else:
             inner = np.vectorize(math.erf, otypes=[np.float64])(x * math.sqrt(0.5))
         return ((0.5 * x * (1.0 + inner)).astype(x.dtype),)
+
+
+class LogSoftmax(OpRun):
+    """x - max x - log sum exp(x - max x)."""
+
+    op_domain = ""
+
+    def _run(self, x: np.ndarray, axis: int | None = None) -> tuple[np.ndarray]:
+        shifted = x - x.max(axis=axis, keepdims=True)
+        return ((shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))).astype(x.dtype),)
 
 
 class Mean(OpRun):
@@ -242,7 +253,7 @@ class DeformConv(OpRun):
 #: For ``ReferenceEvaluator(model, new_ops=REPAIRED)``.
 REPAIRED: list[type[OpRun]] = [
     *RECURRENT, Adam, BatchNormalization, DeformConv, Det, Erf, GatherElements, Gelu, GlobalLpPool, GridSample, LRN,
-    LpNormalization, MaxRoiPool, Mean, Optional, OptionalGetElement,
+    LogSoftmax, LpNormalization, MaxRoiPool, Mean, Optional, OptionalGetElement,
 ]  # fmt: skip
 
 

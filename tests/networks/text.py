@@ -25,10 +25,12 @@ def _encoder(name: str, head: str = "ForSequenceClassification", **settings: Any
     )  # fmt: skip
 
 
-def _decoder(name: str, config: str = "", kind: str = "text decoder", **settings: Any) -> Network:
+def _decoder(
+    name: str, config: str = "", kind: str = "text decoder", head: str = "ForCausalLM", **settings: Any
+) -> Network:
     given = {k: v for k, v in {**DECODER, **settings}.items() if v != "absent"}
     return hugging(
-        kind, config or f"{name}Config", f"{name}ForCausalLM", words, loss="cross-entropy", sequence=BOTH, **given
+        kind, config or f"{name}Config", f"{name}{head}", words, loss="cross-entropy", sequence=BOTH, **given
     )
 
 
@@ -93,7 +95,7 @@ NETWORKS: dict[str, Network] = {
     "granite": _decoder("Granite"),
     "nemotron": _decoder("Nemotron"),
     "smollm3": _decoder("SmolLM3"),
-    "gpt2": _decoder("GPT2", n_embd=32, n_layer=2, n_head=2, n_positions=24),
+    "gpt2": _decoder("GPT2", head="LMHeadModel", n_embd=32, n_layer=2, n_head=2, n_positions=24),
     "gpt-neo": _decoder("GPTNeo", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=2, window_size=4),
     "gpt-neox": _decoder("GPTNeoX", rotary_pct=0.25),
     "gptj": _decoder("GPTJ", n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=24),
