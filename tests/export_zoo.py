@@ -115,8 +115,9 @@ def randomise(module: torch.nn.Module) -> None:
     for key, p in module.named_parameters():
         owner, _, own = key.rpartition(".")
         scale = 0.2 if p.ndim < 3 else (2.0 / max(p[0].numel(), 1)) ** 0.5
-        norm = "norm" in type(owners[owner]).__name__.lower() and own == "weight"
-        drawn = _distinct(rng, p.shape, 0.7 if norm else 0.0, 0.2 if norm else scale, used)
+        # What starts at 1 and is divided by (Snake's alpha), or scales what was normalised, stays near 1.
+        near_one = own == "alpha" or ("norm" in type(owners[owner]).__name__.lower() and own == "weight")
+        drawn = _distinct(rng, p.shape, 0.7 if near_one else 0.0, 0.2 if near_one else scale, used)
         p.data = torch.from_numpy(drawn).to(p.dtype)
     for key, buffer in module.named_buffers():
         if key.endswith("running_mean"):
