@@ -7,15 +7,17 @@ a Loop whose trip count or condition can be told at every turn, are their bodies
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.errors import ModelError, describe_vertex
+from zilc.errors import describe_vertex
 from zilc.graph import Rebuild
 from zilc.passes.unroll import LIMIT, settle_shapes
 from zilc.reference import evaluator
@@ -408,7 +410,7 @@ def set_scans_aside(proto: onnx.ModelProto) -> onnx.ModelProto:
     return made
 
 
-def unbatch_scans(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+def unbatch_scans(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Scan of opset 8, which has a batch, as a Scan over the batch of today's Scan over time (in place).
 
     Before:  Scan-8 ("", states [B, ...], xs [B, T, ...])
@@ -423,13 +425,7 @@ def unbatch_scans(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         node.domain = ""
         given = {a.name: a for a in node.attribute}
         body, scans = given["body"].g, given["num_scan_inputs"].i
-        operands = list(node.input)[1:]
-        if node.input[0]:
-            raise ModelError(
-                "a Scan of opset 8 with sequence_lens, which later opsets do not have",
-                where=f"{where}: {describe_vertex(node.name or node.output[0], 'Scan', opset=8)}",
-                hint="Export the model with opset 9 or later.",
-            )
+        lengths, operands = node.input[0], list(node.input)[1:]
         count = len(operands) - scans
         inner_inputs = [_one_of_batch(info, k >= count, f"{node.name}.in.") for k, info in enumerate(body.input)]
         inner_outputs = [_one_of_batch(info, k >= count, f"{node.name}.out.") for k, info in enumerate(body.output)]
@@ -438,12 +434,56 @@ def unbatch_scans(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         )
         if "directions" in given:
             inner.attribute.append(onnx.helper.make_attribute("scan_input_directions", list(given["directions"].ints)))
-        outer = onnx.helper.make_graph([inner], f"{node.name}.batch", inner_inputs, inner_outputs)
+        nodes = [inner]
+        if lengths:
+            nodes, length = _of_length(inner, count, [len(onnx_io.stated_shape(i.type.tensor_type) or ())
+                                                      for i in body.output])  # fmt: skip
+            inner_inputs.append(length)
+            operands.append(lengths)
+        outer = onnx.helper.make_graph(nodes, f"{node.name}.batch", inner_inputs, inner_outputs)
         del node.attribute[:], node.input[:]
         node.input.extend(operands)
         node.attribute.append(onnx.helper.make_attribute("body", outer))
         node.attribute.append(onnx.helper.make_attribute("num_scan_inputs", len(operands)))
     return proto
+
+
+def _of_length(
+    scan: onnx.NodeProto, count: int, ranks: Sequence[int]
+) -> tuple[list[onnx.NodeProto], onnx.ValueInfoProto]:
+    """A Scan over the first steps of what it is given, and what says how many; behind them its results are 0.
+
+    As onnxruntime has it: the other direction begins at the last of these steps.
+
+    Args:
+        scan: changed (in place).
+        count: of its states.
+        ranks: of what the body gives.
+    """
+    name = f"{scan.output[0]}.length"
+    nodes: list[onnx.NodeProto] = []
+
+    def made(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        nodes.append(onnx.helper.make_node(kind, inputs, [output], output, **attributes))
+        return output
+
+    def numbers(output: str, values: list[int]) -> str:
+        return made("Constant", [], output, value=onnx.numpy_helper.from_array(np.asarray(values, np.int64)))
+
+    zero, one = numbers(f"{name}.0", [0]), numbers(f"{name}.1", [1])
+    steps = made("Reshape", [name, one], f"{name}.steps")
+    whole = made("Shape", [scan.input[count]], f"{name}.shape")
+    rest = made("Sub", [made("Gather", [whole, zero], f"{name}.most"), steps], f"{name}.rest")
+    for k in range(count, len(scan.input)):
+        scan.input[k] = made("Slice", [scan.input[k], zero, steps, zero], f"{scan.input[k]}.steps")
+    nodes.append(scan)
+    for k in range(count, len(scan.output)):
+        result, scan.output[k] = scan.output[k], f"{scan.output[k]}.steps"
+        before = numbers(f"{result}.before", [0] * (1 + ranks[k]))
+        after = numbers(f"{result}.after", [0] * ranks[k])
+        pads = made("Concat", [before, rest, after], f"{result}.pads", axis=0)
+        made("Pad", [scan.output[k], pads], result)
+    return nodes, onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [])
 
 
 def _one_of_batch(info: onnx.ValueInfoProto, stacked: bool, prefix: str) -> onnx.ValueInfoProto:

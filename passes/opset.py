@@ -50,7 +50,7 @@ def settle_opset(proto: onnx.ModelProto, wanted: int | None, where: str) -> onnx
     if current == target:
         return proto
     if current == 8 and any(node.op_type == "Scan" and not node.domain for node in proto.graph.node):
-        return unbatch_scans(settle_opset(set_scans_aside(proto), target, where), where)
+        return unbatch_scans(settle_opset(set_scans_aside(proto), target, where))
     changed = _changed_operators(proto.graph.node, current, target)
     if not changed:
         return _relabel(proto, target)

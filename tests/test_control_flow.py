@@ -239,6 +239,34 @@ def test_a_scan_of_opset_8(way: int) -> None:
         np.testing.assert_allclose(got[name], leaf.grad.numpy(), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("way", [0, 1])
+def test_a_scan_of_opset_8_over_sequences_of_several_lengths(way: int) -> None:
+    """Forward as onnxruntime has it, zeros behind the end; backwards as the loop over each sequence."""
+    head = HEAD.replace("18", "8").replace("ir_version: 8", "ir_version: 3")
+    text = f"""{head} g (int64[3] n, double[3,4] s, double[3,5,4] x) => (double[3,4] last, double[3,5,4] y) {{
+      last, y = Scan <num_scan_inputs = 1, directions = [{way}],
+        body = b (double[4] h, double[4] u) => (double[4] after, double[4] out) {{
+          a = Add(h, u)  after = Tanh(a)  out = Mul(after, u) }}> (n, s, x)
+    }}"""
+    proto, lengths = onnx.parser.parse_model(text), np.asarray([5, 2, 3])
+    feeds = {"n": lengths, "s": RNG.standard_normal((3, 4)), "x": RNG.standard_normal((3, 5, 4))}
+    levelled = executor(zilc.levelize(proto, output="last").model)(feeds)
+    for name, expected in executor(proto)(feeds).items():
+        np.testing.assert_allclose(levelled[name], expected, rtol=1e-12, atol=1e-13)
+    got = trained(proto, feeds, {"last": np.zeros((3, 4)), "y": np.zeros((3, 5, 4))})
+    s, x = (torch.tensor(feeds[n], requires_grad=True) for n in ("s", "x"))
+    energy = torch.zeros((), dtype=torch.float64)
+    for b, length in enumerate(lengths):
+        h = s[b]
+        for t in range(length)[:: -1 if way else 1]:
+            h = torch.tanh(h + x[b, t])
+            energy = energy + 0.5 * (h * x[b, t]).square().sum()
+        energy = energy + 0.5 * h.square().sum()
+    energy.backward()
+    for name, leaf in (("s", s), ("x", x)):
+        np.testing.assert_allclose(got[name], leaf.grad.numpy(), rtol=1e-12, atol=1e-13)
+
+
 def test_a_while_loop_whose_condition_follows() -> None:
     """i < 3, counted in the loop itself, no trip count."""
     text = f"""{HEAD} g (double[3,4] s) => (double[3,4] last) <double[4,4] w> {{
