@@ -1,0 +1,44 @@
+"""tools/profile_step.py: operations counted from shapes, and the page made of the measured rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import profile_step  # type: ignore[import-not-found]  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("operator", "operands", "result", "count"),
+    [
+        ("Gemm", [[3, 5], [5, 7]], [3, 7], 2 * 3 * 5 * 7),
+        ("Gemm", [[5, 3], [5, 7], [7]], [3, 7], 2 * 3 * 5 * 7),  # transA
+        ("MatMul", [[4, 2, 3, 5], [5, 7]], [4, 2, 3, 7], 8 * 2 * 3 * 5 * 7),
+        ("FusedMatMul", [[4, 3, 5], [1, 5, 7]], [4, 3, 7], 4 * 2 * 3 * 5 * 7),
+        ("Conv", [[2, 6, 9, 9], [8, 3, 3, 3]], [2, 8, 7, 7], 2 * 2 * 8 * 49 * 27),  # two groups
+        ("ConvTranspose", [[2, 8, 7, 7], [8, 3, 3, 3]], [2, 6, 9, 9], 2 * 2 * 8 * 49 * 27),
+        ("Add", [[3, 5], [3, 5]], [3, 5], 0),
+    ],
+)
+def test_operations(operator: str, operands: list[list[int]], result: list[int], count: int) -> None:
+    shapes = [{"float": dims} for dims in operands]
+    kernel = {"op_name": operator, "input_type_shape": shapes, "output_type_shape": [{"float": result}]}
+    assert profile_step.operations(kernel) == pytest.approx(count)
+
+
+def test_the_page_is_the_measured_rows() -> None:
+    made = json.loads((ROOT / "docs" / "profile.json").read_text("utf-8"))
+    assert profile_step.markdown(made) == (ROOT / "docs" / "PROFILE.md").read_text("utf-8")
+
+
+def test_kernels_of_a_step() -> None:
+    found = profile_step.kernels("mlp3", 0.05)
+    assert {"Gemm", "FusedGemm"} <= {kernel["operator"] for kernel in found}
+    # Three products forward, three for the weights, two for the errors: 784, 128, 128, 10, a batch of 20.
+    whole = 2 * 20 * (3 * (784 * 128 + 128 * 128 + 128 * 10) - 784 * 128)
+    assert sum(kernel["operations"] for kernel in found) == pytest.approx(whole)
