@@ -151,6 +151,26 @@ def test_a_trainer_holds_the_weights_once(tmp_path: Path) -> None:
     assert (tmp_path / "same.onnx").read_bytes() == onnx_io.serialize(model) == onnx_io.serialize(step.source.proto)
 
 
+@pytest.mark.parametrize("places", [[0, 4, 7], [[0, 0], [1, 1], [2, 1]]])
+def test_sparse_weights_are_trained_and_written_as_dense_ones(places: list[Any], tmp_path: Path) -> None:
+    """Places count through the flattened tensor, or name each dimension."""
+    values = onnx.numpy_helper.from_array(np.asarray([1, 2, 3], np.float32), "w")
+    indices = onnx.numpy_helper.from_array(np.asarray(places, np.int64), "places")
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 18]>
+        g (float[N, 4] x) => (float[N, 3] y) { y = MatMul(x, w) }""")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [4, 3]))
+    onnx.save(model, tmp_path / "in.onnx")
+    step = zilc.emit_training(tmp_path / "in.onnx")
+    dense = [[1, 0, 0], [0, 2, 0], [0, 3, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(step.state["w"], np.asarray(dense, np.float32))
+    trainer = Trainer(step, lr=0.1, providers=CPU)
+    feeds = {"x": np.ones((2, 4), np.float32), "target": np.zeros((2, 3), np.float32)}
+    assert trainer.step(feeds) > trainer.step(feeds)
+    trainer.export(tmp_path / "out.onnx")
+    _assert_exported(tmp_path / "out.onnx", trainer, feeds, "y")
+
+
 def test_a_shape_that_others_read_stays() -> None:
     model = onnx.parser.parse_model("""
         <ir_version: 10, opset_import: ["": 18]>

@@ -91,9 +91,24 @@ def load(source: ModelSource | Source, *, base_dir: str | os.PathLike[str] | Non
             data = read_bytes(path)
         proto = _parse(data, where)
     folder = str(base_dir) if base_dir is not None else (str(path.parent) if path else "")
-    loaded = Source(proto, path, folder)
-    _check(loaded)
-    return loaded
+    _check(Source(proto, path, folder))
+    return Source(_dense(proto), path, folder)
+
+
+def _dense(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with sparse initializers as dense ones: a gradient has all entries, and so has what is trained."""
+    if not proto.graph.sparse_initializer:
+        return proto
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    for sparse in proto.graph.sparse_initializer:
+        values, places = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
+        array = np.zeros(list(sparse.dims), values.dtype)
+        # One number a place, in the order of the flattened tensor, or one for each dimension.
+        array[np.unravel_index(places, array.shape) if places.ndim == 1 else tuple(places.T)] = values
+        made.graph.initializer.append(onnx.numpy_helper.from_array(array, sparse.values.name))
+    del made.graph.sparse_initializer[:]
+    return made
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
