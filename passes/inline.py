@@ -436,8 +436,8 @@ def unbatch_scans(proto: onnx.ModelProto) -> onnx.ModelProto:
             inner.attribute.append(onnx.helper.make_attribute("scan_input_directions", list(given["directions"].ints)))
         nodes = [inner]
         if lengths:
-            nodes, length = _of_length(inner, count, [len(onnx_io.stated_shape(i.type.tensor_type) or ())
-                                                      for i in body.output])  # fmt: skip
+            ranks = [len(onnx_io.stated_shape(info.type.tensor_type) or ()) for info in body.output]
+            nodes, length = _of_length(inner, count, ranks)
             inner_inputs.append(length)
             operands.append(lengths)
         outer = onnx.helper.make_graph(nodes, f"{node.name}.batch", inner_inputs, inner_outputs)

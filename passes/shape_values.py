@@ -11,6 +11,8 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from zilc import onnx_io
+
 #: What exporters compute sizes and axes with.
 _ARITHMETIC = frozenset(
     {"Abs", "Add", "And", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather",
@@ -93,9 +95,8 @@ def _unknown(proto: onnx.ModelProto) -> set[str]:
 
 
 def _floating(kind: onnx.TypeProto) -> bool:
-    return kind.tensor_type.elem_type in (
-        onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
-    )  # fmt: skip
+    dtype = onnx_io.np_dtype(kind.tensor_type.elem_type)
+    return dtype is not None and dtype.name in onnx_io.FLOATS
 
 
 def _known(kind: onnx.TypeProto) -> int:

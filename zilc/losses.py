@@ -122,7 +122,7 @@ def _cross_entropy(op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, axis: int) -
     index = op.Unsqueeze(y, [axis])
     n = op.count(y, op.dtype(mu))
     loss = op.Neg(op.ReduceMean(op.GatherElements(log_p, index, axis=axis), keepdims=0))
-    p, classes = op.Exp(log_p), (op.dims(mu) or [None])[axis]
+    p, classes = op.Exp(log_p), op.dims(mu)[axis]  # type: ignore[index]
     if rank == 2 and isinstance(classes, int) and classes <= FEW_CLASSES and op.dtype(mu) == np.float32:
         zero_one = op.constant(np.asarray([0, 1], np.float32))
         difference = op.Sub(p, op.OneHot(y, op.constant(np.asarray(classes, np.int64)), zero_one, axis=axis))

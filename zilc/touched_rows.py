@@ -34,12 +34,17 @@ LARGE = 1 << 20
 
 @dataclass(frozen=True)
 class _Sum:
-    """``node`` adds to ``base``, or takes from it, what ``scatter`` sums over ``rows``, each update's row [n]."""
+    """``node`` adds to ``base``, or takes from it, the sums of ``updates`` over ``rows``, each update's row [n].
+
+    ``zero`` is what the sums begin with, a scalar; ``unread`` is what only the sums over the whole table needed.
+    """
 
     node: onnx.NodeProto
     base: str
-    scatter: onnx.NodeProto
+    updates: str
     rows: str
+    zero: str
+    unread: frozenset[str]
 
 
 def touch_rows(model: onnx.ModelProto, pairs: Iterable[tuple[str, str]]) -> onnx.ModelProto:
@@ -54,8 +59,8 @@ def touch_rows(model: onnx.ModelProto, pairs: Iterable[tuple[str, str]]) -> onnx
         return model
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    gone = {found.scatter.output[0] for found in sums.values()}
-    nodes = [node for node in made.graph.node if node.output[0] not in gone]
+    unread = frozenset().union(*(found.unread for found in sums.values()))
+    nodes = [node for node in made.graph.node if node.output[0] not in unread]
     del made.graph.node[:]
     for node in nodes:
         found = sums.get(node.output[0])
@@ -87,9 +92,13 @@ def _sums(graph: onnx.GraphProto, pairs: Iterable[tuple[str, str]]) -> Iterator[
             scatter = producer.get(changed_by)
             if scatter is None or scatter.op_type != "ScatterElements" or readers[changed_by] > 1:
                 continue
-            rows = _rows(scatter, producer, held)
-            if rows is not None:
-                yield _Sum(node, base, scatter, rows)
+            operand = _rows_and_zero(scatter, producer, held)
+            if operand is not None:
+                unread = {changed_by, *(name for name in scatter.input[:2] if readers[name] == 1)}
+                column = producer[scatter.input[1]].input[0]
+                if scatter.input[1] in unread and readers[column] == 1:
+                    unread.add(column)
+                yield _Sum(node, base, scatter.input[2], *operand, frozenset(unread))
                 break
 
 
@@ -98,10 +107,10 @@ def _large(shape: Sequence[object] | None) -> bool:
     return shape is not None and len(sizes) == len(shape) == 2 and sizes[0] * sizes[1] >= LARGE
 
 
-def _rows(
+def _rows_and_zero(
     scatter: onnx.NodeProto, producer: dict[str, onnx.NodeProto], held: dict[str, onnx.TensorProto]
-) -> str | None:
-    """The row of each update, a tensor of one dimension, if whole rows are added to zeros."""
+) -> tuple[str, str] | None:
+    """The row of each update, a tensor of one dimension, and a scalar 0, if whole rows are added to zeros."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in scatter.attribute}
     base, wide = producer.get(scatter.input[0]), producer.get(scatter.input[1])
     if attributes.get("reduction") != b"add" or attributes.get("axis", 0) != 0:
@@ -112,7 +121,7 @@ def _rows(
     if column is None or column.op_type != "Unsqueeze" or len(column.input) < 2:
         return None
     # [n, 1], not [1, n]: one row for all of an update.
-    return column.input[0] if _is(held.get(column.input[1]), 1) else None
+    return (column.input[0], base.input[0]) if _is(held.get(column.input[1]), 1) else None
 
 
 def _is(tensor: onnx.TensorProto | None, value: int) -> bool:
@@ -123,31 +132,26 @@ def _is(tensor: onnx.TensorProto | None, value: int) -> bool:
 def _at_rows(graph: onnx.GraphProto, found: _Sum) -> Iterator[onnx.NodeProto]:
     """The nodes that take the place of a sum over the table and of what joins it with the table."""
     prefix = f"{found.node.output[0]}.rows"
-    updates = found.scatter.input[2]
-
-    def constant(name: str, value: object) -> str:
-        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.int64), f"{prefix}/{name}"))
-        return f"{prefix}/{name}"
+    second = f"{prefix}/axis1"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([1], np.int64), second))
 
     def made(kind: str, inputs: list[str], *names: str, **attributes: Any) -> onnx.NodeProto:
         outputs = [f"{prefix}/{name}" if name else "" for name in names]
         return onnx.helper.make_node(kind, inputs, outputs, f"{prefix}/{names[0] or names[-1]}", **attributes)
 
-    second = constant("axis1", [1])
     # A row counted from the end is the same row: both must be one entry.  Rows that are not there the Gather refuses.
     yield made("Shape", [found.base], "size", start=0, end=1)
     yield made("Cast", [found.rows], "given", to=onnx.TensorProto.INT64)
     yield made("Mod", [f"{prefix}/given", f"{prefix}/size"], "row")
     yield made("Unique", [f"{prefix}/row"], "named", "", "place")
-    yield made("Shape", [updates], "width", start=1, end=2)
+    yield made("Shape", [found.updates], "width", start=1, end=2)
     yield made("Shape", [f"{prefix}/named"], "count")
     yield made("Concat", [f"{prefix}/count", f"{prefix}/width"], "shape", axis=0)
-    base = next(n for n in graph.node if n.output[0] == found.scatter.input[0])
-    yield made("Expand", [base.input[0], f"{prefix}/shape"], "zeros")
+    yield made("Expand", [found.zero, f"{prefix}/shape"], "zeros")
     yield made("Unsqueeze", [f"{prefix}/place", second], "column")
-    yield made("Shape", [updates], "whole")
+    yield made("Shape", [found.updates], "whole")
     yield made("Expand", [f"{prefix}/column", f"{prefix}/whole"], "wide")
-    scattered = [f"{prefix}/zeros", f"{prefix}/wide", updates]
+    scattered = [f"{prefix}/zeros", f"{prefix}/wide", found.updates]
     yield made("ScatterElements", scattered, "sums", axis=0, reduction="add")
     yield made("Gather", [found.base, f"{prefix}/named"], "before")
     yield made(found.node.op_type, [f"{prefix}/before", f"{prefix}/sums"], "after")
