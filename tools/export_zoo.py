@@ -45,7 +45,8 @@ Small networks of every family, each parameter and statistic random, by `torch.o
   and Z-IL and backpropagation agree bit by bit.
 - **float32**: the largest error against the original module in float64, of the parameters whose numbers are all found
   in the file; beside it PyTorch's own float32 error, where that is less than half of it the larger of that and of
-  PyTorch's error on the exported file (folding makes other products). At most twice that, plus 2 ulp times the root of K.
+  PyTorch's error on the exported file (folding makes other products). At most twice that, plus 2 ulp times the root
+  of K.
 - *Error*: the norm of the difference relative to the gradient's, or to 1e-6 of the network's largest gradient.
 - *exporter: ...*: PyTorch's exporter fails, or writes a file that does not run or computes something else.
 
