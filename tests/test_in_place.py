@@ -40,6 +40,7 @@ def _emitted(name: str, dtype: str = "float32", **options: Any) -> tuple[zilc.Tr
 
 
 def _plain(model: onnx.ModelProto, providers: Any, pairs: Any, **rest: Any) -> TrainingSession:
+    del rest["cuda_graph"]
     return TrainingSession(make_session(model, providers, **rest))
 
 

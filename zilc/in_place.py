@@ -13,7 +13,7 @@ file in a topological order is run in the file's order.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -24,6 +24,8 @@ import onnx
 _OVER = {
     "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,), "ScatterND": (0,)
 }  # fmt: skip
+#: On CUDA: those whose kernels compute an element from the operands' elements of the same place alone.
+CUDA_OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Where": (1, 2), "Identity": (0,)}
 
 
 #: Operators whose result is their first operand's memory under another name: who reads the one reads the other.  Those
@@ -49,7 +51,14 @@ class Ordered:
     harmless: frozenset[str]
 
 
-def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Sequence[tuple[str, str]]) -> Ordered:
+def in_place(
+    optimised: onnx.ModelProto,
+    original: onnx.ModelProto,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    may: Mapping[str, tuple[int, ...]] = _OVER,
+    partly: bool = True,
+) -> Ordered:
     """Order an optimised graph so that as much of the state as possible can be written over itself.
 
     Args:
@@ -57,6 +66,8 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
         original: the training graph, whose order of nodes is kept where nothing speaks against it: an update follows
             its gradient, so that the gradient's memory is free at once.
         pairs: (input, output) that is fed back to it.
+        may: operators that may write over an operand, and over which.
+        partly: whether some of the state may be written over where not all of it can.
     """
     graph = optimised.graph
     nodes = list(graph.node)
@@ -72,7 +83,9 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
         readers[name] = _readers(name, nodes, readers)
     rank = _ranks(nodes, before, original)
     writers = {name: producer[made] for name, made in pairs if made in producer}
-    over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, writers)}
+    over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, may)}
+    if not partly and len(over) < len(pairs):
+        over = set()
     # What the loss and the predictions need comes first: there, and only there, data can be at fault (an index out of
     # range), and then nothing has been written over yet.
     fed_back = {made for _, made in pairs}
@@ -93,6 +106,8 @@ def in_place(optimised: onnx.ModelProto, original: onnx.ModelProto, pairs: Seque
         # Two updates that read each other's parameter: whatever is left could not be ordered.
         left = set(range(len(nodes))) - set(order)
         over -= {name for name in over if writers[name] in left}
+        if not partly:
+            over = set()
     order.remove(done)
     writing = {writers[name] for name in over}
     first = next((position for position, i in enumerate(order) if i in writing), len(order))
@@ -122,13 +137,13 @@ def _readers(name: str, nodes: list[onnx.NodeProto], readers: dict[str, set[int]
     return found
 
 
-def _may_write_over(node: onnx.NodeProto, name: str, writers: dict[str, int]) -> bool:
+def _may_write_over(node: onnx.NodeProto, name: str, may: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the node that makes a value's successor can do so in the value's own memory."""
     mine = [k for k, operand in enumerate(node.input) if operand == name]
     if not mine:
         # Then it must not read inside a subgraph either; what it does read is there and stays.
         return name not in set(operands(node))
-    return node.domain in ("", "ai.onnx") and set(mine) <= set(_OVER.get(node.op_type, ()))
+    return node.domain in ("", "ai.onnx") and set(mine) <= set(may.get(node.op_type, ()))
 
 
 def _ranks(nodes: list[onnx.NodeProto], before: list[set[int]], original: onnx.ModelProto) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import onnx
 
 from zilc import checkpoint, onnx_io
 from zilc import signature as signatures
+from zilc.bindings import Bindings, Placed, RecordingFailed
 from zilc.data import (
     PREFETCHED,
     DataSource,
@@ -43,6 +44,10 @@ from zilc.session import Buffer, Outputs, forward_part, inference_form, make_ses
 from zilc.trained import Ties, export_trained, without_values
 
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
+
+
+#: In place of the loss, where no run has written it.
+_NOT_RUN = np.asarray(math.nan)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Trainer:
         state: initial state instead: a mapping, or the path of a safetensors file.
         seed: fed to graphs that take a seed: the same in every step where they count steps, else plus the number of
             updates done.  Who resumes gives the same seed again: it is no part of the state.
+        cuda_graph: on CUDA, record the first update for each shape of the inputs and replay it from then on, where
+            onnxruntime can (see :mod:`zilc.bindings`).
 
     Attributes:
         signature: the training graph's interface.
@@ -97,6 +104,7 @@ class Trainer:
         providers: Sequence[Any] | None = None,
         state: Mapping[str, np.ndarray] | str | os.PathLike[str] | None = None,
         seed: int = 0,
+        cuda_graph: bool = True,
     ) -> None:
         self._open(step, state)
         self._pairs = signatures.carried_pairs(self.signature)
@@ -109,11 +117,8 @@ class Trainer:
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
-        self._opened = make_training_session(
-            self._model, self._requested, self._pairs, folder=self._folder, where=self._name
-        )
-        self._session = self._opened.session
         self._torn = ""
+        self._reopen(cuda_graph=cuda_graph)
         self.providers: list[str] = self._session.get_providers()
         self._device = ("cpu", 0)
         if CUDA in self.providers:
@@ -121,7 +126,7 @@ class Trainer:
         self._evaluator: Any = None
         self._seed, self.updates = seed, 0
         self._make_buffers()
-        self._make_bindings()
+        self._bind()
         self.lr = lr
         initial, where = self._initial
         self._load(initial, where)
@@ -167,6 +172,12 @@ class Trainer:
         """State that goes back into the original model."""
         return [e["name"] for e in (*signature["parameters"], *signatures.of_the_model(signature))]
 
+    def _reopen(self, *, cuda_graph: bool) -> None:
+        self._opened = make_training_session(
+            self._model, self._requested, self._pairs, folder=self._folder, where=self._name, cuda_graph=cuda_graph
+        )
+        self._session = self._opened.session
+
     def _open_session(self, model: onnx.ModelProto) -> Any:
         return make_session(model, self._requested, folder=self._folder, where=self._name)
 
@@ -181,41 +192,22 @@ class Trainer:
         self._side = 0
         made = {t.name: t for t in self._model.graph.output}
         loss = onnx_io.np_dtype(made[self.signature["loss"]].type.tensor_type.elem_type)
-        self._loss = Buffer((), np.dtype(loss), ("cpu", 0))  # read after every step
+        self._loss = Buffer((), np.dtype(loss), self._device)
         self._scalars = {
             name: Buffer((), self._specs([name])[name].dtype, self._device)
             for name in (self.signature["lr"], self.signature["seed"])
             if name
         }
-        self._feeds: dict[str, Buffer] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
         carried = {following for _, following in self._pairs}
         # "both" gives gradients too; predictions first.
         self._others = [n for n in made if n != self.signature["loss"] and n not in carried]
         self.last = Outputs(self._others)
 
-    def _make_bindings(self) -> None:
-        """One binding reads set 0 and writes set 1, the other the reverse; both stay as they are.
-
-        What is written over itself is the same buffer in both sets.
-        """
-        self._bindings = []
-        for side in (0, 1):
-            binding = self._session.io_binding()
-            for name, buffer in self._scalars.items():
-                binding.bind_ortvalue_input(name, buffer.value)
-            for name, following in self._pairs:
-                binding.bind_ortvalue_input(name, self._sides[side][name].value)
-                binding.bind_ortvalue_output(following, self._sides[1 - side][name].value)
-            binding.bind_ortvalue_output(self.signature["loss"], self._loss.value)
-            self._bindings.append(binding)
-        self._bind_others()
-
-    def _bind_others(self) -> None:
-        """The rest is allocated by onnxruntime at the next run, in that run's shape, and kept until it changes."""
-        for binding in self._bindings:
-            for name in self._others:
-                binding.bind_output(name, *self._device)
+    def _bind(self) -> None:
+        loss = (self.signature["loss"], self._loss)
+        self._bindings = Bindings(
+            self._opened, self._sides, self._scalars, self._pairs, loss, self._others, self._device
+        )
 
     # -- state --
 
@@ -268,11 +260,12 @@ class Trainer:
 
     # -- running --
 
-    def step(self, feeds: Mapping[str, Any]) -> float:
+    def step(self, feeds: Mapping[str, Any] | Placed) -> float:
         """One update; returns the loss before it.
 
         Args:
             feeds: arrays for the model's inputs and the targets, by name; dtypes are converted where nothing is lost.
+                Or a batch on the device, from :meth:`place`.
 
         Raises:
             DataError: names, dtypes or shapes do not fit, or the graph cannot compute with the values.  The state is
@@ -280,26 +273,41 @@ class Trainer:
                 it lost, and every call says so until :meth:`load_state`.
         """
         self._ensure_whole()
-        self._feed(feeds)
+        batch = self._feed(feeds)
         if self.signature["seed"]:
             seed = self.signature["seed"]
             value = self._seed if self.signature["step"] else self._seed + self.updates
             self._scalars[seed].write(np.asarray(value, self._specs([seed])[seed].dtype))
-        binding = self._bindings[self._side]
-        self._loss.array[...] = math.nan  # type: ignore[index]
+        on_cpu = self._loss.array is not None
+        if on_cpu:
+            self._loss.write(_NOT_RUN)
         try:
-            self._session.run_with_iobinding(binding)
+            binding = self._run(*batch)
         except Exception as error:
             failure = run_error(error)
             if not self._opened.unharmed(error):
                 self._torn = str(failure)
             raise failure from error
         except BaseException:  # Ctrl-C is noticed before the run or after it, never within
-            if not np.isnan(self._loss.array):  # type: ignore[arg-type]
-                self._count(binding)
+            if on_cpu and not np.isnan(self._loss.view()):
+                self._count(self._bindings.last)
+            elif self._opened.over and self.signature["step"]:
+                # On a device all state is written over itself, or none is; how far it is, it says itself.
+                self.updates = int(self._sides[self._side][self.signature["step"]["name"]].read())
             raise
         self._count(binding)
-        return float(self._loss.array)  # type: ignore[arg-type]
+        return float(self._loss.view())
+
+    def _run(self, arrays: Mapping[str, np.ndarray], placed: Placed | None) -> Any:
+        """Run the bound session; where its run cannot be recorded, one that is not recorded takes its place."""
+        try:
+            return self._bindings.run(self._session, self._side)
+        except RecordingFailed:
+            self._reopen(cuda_graph=False)
+            self._bind()
+            self._bindings.turn(arrays)
+            self._bindings.feed(self._side, arrays, placed)
+            return self._bindings.run(self._session, self._side)
 
     def _count(self, binding: Any) -> None:
         """An update was made."""
@@ -315,9 +323,31 @@ class Trainer:
                 hint="Load a state, or make the trainer anew.",
             )
 
-    def _feed(self, feeds: Mapping[str, Any]) -> None:
-        """Arrays into the bound buffers; new buffers where a shape is not that of the step before."""
-        shapes, buffers, inputs = self._shapes, self._feeds, self.inputs
+    def place(self, feeds: Mapping[str, Any]) -> Placed | dict[str, np.ndarray]:
+        """A batch on the device, which :meth:`step` takes as often as wanted without copying it there again.
+
+        On the CPU it is the batch in the dtypes that the graph takes.
+
+        Raises:
+            DataError: as :meth:`step`.
+        """
+        arrays = self._checked(feeds)
+        if self._device[0] == "cpu":
+            return arrays
+        values = {}
+        with self._bindings.recording:
+            for name, array in arrays.items():
+                buffer = Buffer(array.shape, array.dtype, self._device)
+                buffer.write(array)
+                values[name] = buffer.value
+        return Placed(values, arrays)
+
+    def _feed(self, feeds: Mapping[str, Any] | Placed) -> tuple[Mapping[str, np.ndarray], Placed | None]:
+        """A batch to where the next run reads it; new bindings where a shape is not that of the step before."""
+        placed = None
+        if isinstance(feeds, Placed):
+            placed, feeds = feeds, feeds.arrays
+        shapes, inputs = self._bindings.shapes, self.inputs
         fast = len(feeds) == len(inputs) == len(shapes)
         if fast:
             for name, array in feeds.items():
@@ -326,21 +356,11 @@ class Trainer:
                     continue
                 fast = False
                 break
-        arrays: Mapping[str, np.ndarray] = feeds if fast else self._checked(feeds)
+        arrays: Mapping[str, np.ndarray] = feeds if fast or placed is not None else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
-            self._rebind(arrays)
-        if self._device[0] == "cpu":
-            # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
-            binding = self._bindings[self._side]
-            for name, array in arrays.items():
-                if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
-                    binding.bind_cpu_input(name, array)
-                else:
-                    buffers[name].write(array)
-                    binding.bind_ortvalue_input(name, buffers[name].value)
-            return
-        for name, array in arrays.items():
-            buffers[name].write(array)
+            self._bindings.turn(arrays)
+        self._bindings.feed(self._side, arrays, placed)
+        return arrays, placed
 
     def _checked(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         check_names(self.inputs, feeds, where="feeds", extra=False)
@@ -351,15 +371,6 @@ class Trainer:
             check_shape(spec, array.shape, sizes, where="feeds")
             arrays[name] = array
         return arrays
-
-    def _rebind(self, arrays: Mapping[str, np.ndarray]) -> None:
-        for name, array in arrays.items():
-            if array.shape != self._shapes.get(name):
-                self._feeds[name] = Buffer(array.shape, array.dtype, self._device)
-                self._shapes[name] = array.shape
-                for binding in self._bindings:
-                    binding.bind_ortvalue_input(name, self._feeds[name].value)
-        self._bind_others()
 
     def evaluate(self, feeds: Mapping[str, Any]) -> Evaluation:
         """Loss and predictions with the present parameters; nothing is updated, and only the forward pass is run.
@@ -425,11 +436,15 @@ class Trainer:
             begun = time.perf_counter()
             order = np.random.default_rng([seed, epoch]).permutation(train.count) if shuffle else None
             meter = Meter(self.signature)
-            cut = train.batches(batch_size, order)
-            if train.batch_bytes(batch_size) >= PREFETCHED:
+            on_cpu = self._device[0] == "cpu"
+            cut: Iterator[tuple[int, Any, Any]] = (
+                (count, feeds, feeds if on_cpu else self.place(feeds))
+                for count, feeds in train.batches(batch_size, order)
+            )
+            if not on_cpu or train.batch_bytes(batch_size) >= PREFETCHED:
                 cut = prefetched(cut)
-            for batch, (count, feeds) in enumerate(cut, 1):
-                loss = self.step(feeds)
+            for batch, (count, feeds, placed) in enumerate(cut, 1):
+                loss = self.step(placed)
                 if not math.isfinite(loss):
                     raise _diverged(f"epoch {epoch}, batch {batch}", loss, self.lr)
                 meter.add(count, loss, accuracies(self.signature, self.last, feeds, class_axis))

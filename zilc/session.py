@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -18,8 +19,8 @@ import onnx.numpy_helper
 from zilc import onnx_io
 from zilc.errors import DataError, ModelError
 from zilc.graph import INFERENCE
-from zilc.in_place import in_place, operands
-from zilc.providers import CPU, Providers, import_onnxruntime
+from zilc.in_place import CUDA_OVER, in_place, operands
+from zilc.providers import CPU, CUDA, Providers, import_onnxruntime
 from zilc.touched_rows import touch_rows
 
 #: A graph that holds more than this, in bytes, is not written to disk and read again.
@@ -34,11 +35,13 @@ class TrainingSession:
         session: onnxruntime's.
         over: inputs whose successors it may write over them: one buffer serves both.
         harmless: names of nodes that run before anything is written over.
+        captures: whether it records runs as CUDA graphs and replays them, see :class:`zilc.bindings.Bound`.
     """
 
     session: Any
     over: frozenset[str] = frozenset()
     harmless: frozenset[str] = frozenset()
+    captures: bool = False
 
     def unharmed(self, error: Exception) -> bool:
         """Whether a run that failed has left all state as it was, as far as onnxruntime's message tells."""
@@ -66,33 +69,53 @@ def make_training_session(
     *,
     folder: str = "",
     where: str | None = None,
+    cuda_graph: bool = True,
 ) -> TrainingSession:
-    """A session that writes state over itself where it can, see :mod:`zilc.in_place`.
+    """A session that writes state over itself where it can, see :mod:`zilc.in_place`, and on CUDA replays its runs.
 
-    On the CPU, for a graph whose initializers lie within it and are small; otherwise a plain session, for which state
-    needs a second set of buffers.
+    State needs a second set of buffers for a graph whose initializers lie outside of it or are large, on other
+    providers than the CPU's and CUDA's, and on CUDA unless all of the state can be written over.
 
     Args:
         pairs: (input, output) that is fed back to it.
         folder, where: as for :func:`make_session`.
+        cuda_graph: record CUDA graphs where onnxruntime can: not with control flow, nor where a node that computes
+            runs on the CPU.
 
     Raises:
         ModelError: onnxruntime does not take it.
     """
-    alone = [p if isinstance(p, str) else p[0] for p in providers] == [CPU]
-    if not alone or next(onnx_io.external_tensors(model), None) is not None or model.ByteSize() > _REWRITTEN:
+    names = [p if isinstance(p, str) else p[0] for p in providers]
+    on_cuda = names[0] == CUDA
+    own = next(onnx_io.external_tensors(model), None) is None and model.ByteSize() <= _REWRITTEN
+    if not own or not (on_cuda or names == [CPU]):
         return TrainingSession(make_session(model, providers, folder=folder, where=where))
     ort = import_onnxruntime()
-    model = touch_rows(model, pairs)
+    if not on_cuda:
+        model = touch_rows(model, pairs)
     options = _options(model, folder)
     with tempfile.TemporaryDirectory(prefix="zilc-") as place:
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")
         _open(model, options, providers, where)
         optimised = onnx.load(options.optimized_model_filepath)
-    ordered = in_place(optimised, model, pairs)
+    if on_cuda:
+        ordered = in_place(optimised, model, pairs, may=CUDA_OVER, partly=False)
+    else:
+        ordered = in_place(optimised, model, pairs)
     options = _options(model, folder)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done, and the order stays
+    if on_cuda and cuda_graph:
+        recording = [_with(p, enable_cuda_graph="1") if n == CUDA else p for n, p in zip(names, providers, strict=True)]
+        with contextlib.suppress(ModelError):
+            session = _open(ordered.model, options, recording, where)
+            return TrainingSession(session, ordered.over, ordered.harmless, captures=True)
     return TrainingSession(_open(ordered.model, options, providers, where), ordered.over, ordered.harmless)
+
+
+def _with(provider: str | tuple[str, dict[str, Any]], **more: str) -> tuple[str, dict[str, Any]]:
+    """A provider with more options."""
+    name, options = (provider, {}) if isinstance(provider, str) else provider
+    return name, {**options, **more}
 
 
 def _options(model: onnx.ModelProto, folder: str) -> Any:

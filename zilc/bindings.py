@@ -1,0 +1,203 @@
+"""What a run reads and writes: inputs of one shape and two sets of state, bound once and run many times.
+
+A training step launches hundreds of kernels, and on a GPU a launch can take longer than the kernel.  onnxruntime
+records a run as a CUDA graph and replays it in a single call, where two conditions hold that bindings see to: a
+recorded run reads and writes the same memory each time, and its shapes stay.  So every shape of the inputs has
+bindings, and recordings, of its own.  See "CUDA graphs" in the documentation of onnxruntime's CUDA provider.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from zilc.providers import import_onnxruntime
+from zilc.session import Buffer, TrainingSession
+
+#: Shapes of the inputs that are recorded: a recording holds on to memory for as long as its session lives.
+RECORDED = 8
+
+
+class RecordingFailed(Exception):
+    """onnxruntime could not record a run; the state is as it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A batch on the device, to be fed any number of times.
+
+    Attributes:
+        values: onnxruntime's, by name.
+        arrays: the same on the host.
+    """
+
+    values: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+
+@dataclass
+class Bound:
+    """Bindings for inputs of one shape, one for each side: it reads that set of state and writes the other.
+
+    Attributes:
+        bindings: onnxruntime's, by side; the same twice where all state is written over itself.
+        feeds: memory that inputs are copied to, by name.
+        options: for a run, by side; they name the recording.  None where there is none.
+        recorded: sides that have a recording.
+        placed: what was copied last, if it was on the device before.
+    """
+
+    bindings: list[Any]
+    feeds: dict[str, Buffer] = field(default_factory=dict)
+    options: list[Any] = field(default_factory=lambda: [None, None])
+    recorded: set[int] = field(default_factory=set)
+    placed: Placed | None = None
+
+
+class Bindings:
+    """Binds a training session's state and inputs, and runs it.
+
+    Args:
+        opened: the session.
+        sides: two sets of state; what is written over itself is the same buffer in both.
+        scalars: learning rate and seed.
+        pairs: (input, output) that is fed back to it.
+        loss: the loss's name and buffer.
+        others: outputs besides, allocated by onnxruntime in the shape of the run, and kept until that changes.
+        device: kind and number.
+    """
+
+    def __init__(
+        self,
+        opened: TrainingSession,
+        sides: Sequence[Mapping[str, Buffer]],
+        scalars: Mapping[str, Buffer],
+        pairs: Sequence[tuple[str, str]],
+        loss: tuple[str, Buffer],
+        others: Sequence[str],
+        device: tuple[str, int],
+    ) -> None:
+        self._opened, self._sides, self._scalars, self._pairs = opened, sides, scalars, pairs
+        self._loss, self._others, self._device = loss, others, device
+        self._kept: dict[tuple[tuple[int, ...], ...], Bound] = {}
+        self._numbered = 0
+        #: Nothing else may be allocated on the device while a run is recorded.
+        self.recording = threading.Lock()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._now: Bound | None = None
+        self._side = 0
+
+    def _bind(self, arrays: Mapping[str, np.ndarray]) -> Bound:
+        """Bindings for inputs of these shapes."""
+        alike = len(self._opened.over) == len(self._pairs)
+        made = Bound([self._binding(0)] * 2 if alike else [self._binding(side) for side in (0, 1)])
+        if self._opened.captures:
+            made.options = [self._named()] * 2 if alike else [self._named() for _ in (0, 1)]
+        for name, array in arrays.items():
+            made.feeds[name] = Buffer(array.shape, array.dtype, self._device)
+            for binding in made.bindings:
+                binding.bind_ortvalue_input(name, made.feeds[name].value)
+        return made
+
+    def _binding(self, side: int) -> Any:
+        binding = self._opened.session.io_binding()
+        for name, buffer in self._scalars.items():
+            binding.bind_ortvalue_input(name, buffer.value)
+        for name, following in self._pairs:
+            binding.bind_ortvalue_input(name, self._sides[side][name].value)
+            binding.bind_ortvalue_output(following, self._sides[1 - side][name].value)
+        name, buffer = self._loss
+        binding.bind_ortvalue_output(name, buffer.value)
+        for name in self._others:
+            binding.bind_output(name, *self._device)
+        return binding
+
+    def _named(self) -> Any:
+        """Options of a run that is recorded under a number of its own, or, once too many are, of one that is not."""
+        self._numbered += 1
+        options = import_onnxruntime().RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._numbered if self._numbered <= 2 * RECORDED else -1))
+        return options
+
+    def turn(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """To the bindings for inputs of these shapes, which are made where there are none."""
+        self.shapes = {name: array.shape for name, array in arrays.items()}
+        key = tuple(array.shape for _, array in sorted(arrays.items()))
+        if key not in self._kept:
+            # Without recordings old bindings would hold memory for nothing.
+            if len(self._kept) >= (RECORDED if self._opened.captures else 1):
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self._bind(arrays)
+        self._now = self._kept[key]
+
+    def feed(self, side: int, arrays: Mapping[str, np.ndarray], placed: Placed | None = None) -> None:
+        """Copy inputs of the present shapes to where the next run reads them, or bind them where they are."""
+        if self._now is None:  # a graph without inputs
+            self.turn(arrays)
+        now = self._bound
+        binding = now.bindings[side]
+        if self._device[0] == "cpu":
+            # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
+            for name, array in arrays.items():
+                if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
+                    binding.bind_cpu_input(name, array)
+                else:
+                    now.feeds[name].write(array)
+                    binding.bind_ortvalue_input(name, now.feeds[name].value)
+        elif placed is None:
+            for name, array in arrays.items():
+                now.feeds[name].write(array)
+            now.placed = None
+        elif placed is not now.placed:
+            for name, value in placed.values.items():
+                now.feeds[name].value.update_inplace(value)
+            now.placed = placed
+
+    def run(self, session: Any, side: int) -> Any:
+        """Run; gives the binding, which holds the outputs.
+
+        Raises:
+            RecordingFailed: it was to be recorded, and could not be.
+        """
+        now, self._side = self._bound, side
+        binding, options = now.bindings[side], now.options[side]
+        if options is None:
+            session.run_with_iobinding(binding)
+        elif side in now.recorded:
+            session.run_with_iobinding(binding, options)
+        else:
+            self._record(session, side)
+        return binding
+
+    @property
+    def last(self) -> Any:
+        """The binding that was run last."""
+        return self._bound.bindings[self._side]
+
+    @property
+    def _bound(self) -> Bound:
+        assert self._now is not None
+        return self._now
+
+    def _record(self, session: Any, side: int) -> None:
+        """The first run: onnxruntime makes it plainly, for its memory, and then once more, to record it.
+
+        What is written over itself would be updated twice, so it is put back in between.
+        """
+        now = self._bound
+        with self.recording:
+            saved = {name: self._sides[side][name].read() for name in self._opened.over}
+            try:
+                session.run_with_iobinding(now.bindings[side], now.options[side])
+            except Exception as error:
+                raise RecordingFailed(str(error)) from error
+            finally:
+                for name, array in saved.items():
+                    self._sides[side][name].write(array)
+            now.recorded |= {0, 1} if now.bindings[0] is now.bindings[1] else {side}
+        if saved:
+            session.run_with_iobinding(now.bindings[side], now.options[side])
