@@ -84,7 +84,7 @@ def test_every_choice_is_right(batch: int) -> None:
 
     def gradients() -> dict[str, np.ndarray]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("zilc.pipeline.Lowerings", lambda **_: First())
+            patch.setattr("zilc.pipeline.Lowerings", lambda *_: First())
             step = zilc.emit_training(model, loss="cross-entropy", outputs="grad")
         from zilc.executors import executor
 

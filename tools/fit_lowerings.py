@@ -1,19 +1,22 @@
-"""Fit what each lowering of a gradient costs: ``python tools/fit_lowerings.py [--kinds Conv.weight] [--write]``.
+"""Fit what each lowering of a gradient costs: ``python tools/fit_lowerings.py [--device cuda] [--write]``.
 
 Where a VJP can be emitted in several ways, zilc takes the one whose predicted time is the least: a sum of counts of
 work, each times what an item costs.  This tool measures every candidate on layers of well-known networks, in
-onnxruntime's CPU provider, fits the costs by non-negative least squares of relative errors (scipy), and says how much
+onnxruntime, on a CPU or a GPU, fits costs by non-negative least squares of relative errors (scipy), and says how much
 the choice loses against the fastest candidate of every site: on the sites themselves, and on sites left out of the fit.
-``--write`` puts the costs into zilc/lowerings.json and the measurements into docs/LOWERINGS.md.
+``--write`` puts the costs into zilc/lowerings.json and the measurements into docs/LOWERINGS.md, those of a GPU into
+docs/LOWERINGS_CUDA.md.  What ``--json`` keeps, ``--refit`` fits again, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,14 @@ from scipy.optimize import nnls
 import zilc.vjp  # noqa: F401  (fills the table)
 from zilc.emit import Emitter
 from zilc.lowerings import Lowering, Lowerings, measure, predicted
-from zilc.machine import processor
+from zilc.machine import gpu, processor
+from zilc.providers import choose_providers
 from zilc.vjp import table
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Where the costs lie that zilc reads.
 COSTS = ROOT / "zilc" / "lowerings.json"
-PAGE = ROOT / "docs" / "LOWERINGS.md"
+PAGES = {"cpu": ROOT / "docs" / "LOWERINGS.md", "cuda": ROOT / "docs" / "LOWERINGS_CUDA.md"}
 
 #: (channels, filters, groups, kernel, stride, dilation, size): layers of AlexNet, VGG, ResNet18 and 50, ResNeXt,
 #: MobileNetV2, EfficientNet, ConvNeXt, DeepLab and the MNIST examples; in one dimension, of speech models.
@@ -72,7 +76,9 @@ TABLES = [
     (16, 64, 256), (32, 128, 512), (64, 64, 256), (64, 256, 128), (128, 128, 512), (128, 512, 256), (256, 64, 512),
     (256, 256, 256), (512, 128, 256), (512, 768, 128), (1024, 64, 256), (2048, 256, 256), (10000, 512, 160),
 ]  # fmt: skip
-BATCHES = (4, 20)
+BATCHES = {"cpu": (4, 20), "cuda": (20, 64)}
+#: Sites are measured in this many rounds.
+STRIDE = 8
 
 
 class Recorder(Lowerings):
@@ -87,49 +93,51 @@ class Recorder(Lowerings):
         return next(iter(candidates)), "only"
 
 
-def node(op: str, shapes: list[tuple[int, ...]], out: tuple[int, ...], **attrs: Any) -> gs.Node:
-    inputs = [gs.Variable(f"x{k}", np.dtype(np.float32), list(shape)) for k, shape in enumerate(shapes)]
-    return gs.Node(op, "node", attrs, inputs, [gs.Variable("y", np.dtype(np.float32), list(out))])
+def node(op: str, dtype: str, shapes: list[tuple[int, ...]], out: tuple[int, ...], **attrs: Any) -> gs.Node:
+    inputs = [gs.Variable(f"x{k}", np.dtype(dtype), list(shape)) for k, shape in enumerate(shapes)]
+    return gs.Node(op, "node", attrs, inputs, [gs.Variable("y", np.dtype(dtype), list(out))])
 
 
-def convolutions() -> Iterator[tuple[str, gs.Node, int]]:
+def convolutions(batches: Sequence[int], dtype: str) -> Iterator[tuple[str, gs.Node, int]]:
     """Each layer twice, for its weight's gradient and for its image's."""
-    for batch in BATCHES:
+    for batch in batches:
         for rank, layers in ((2, IMAGES), (1, SOUNDS)):
             for c, m, group, k, s, d, size in layers:
                 pad = d * (k - 1) // 2
                 out = (size + 2 * pad - d * (k - 1) - 1) // s + 1
                 shapes = [(batch, c, *[size] * rank), (m, c // group, *[k] * rank)]
                 attrs: dict[str, Any] = {"strides": [s] * rank, "dilations": [d] * rank, "group": group}
-                made = node("Conv", shapes, (batch, m, *[out] * rank), pads=[pad] * 2 * rank, **attrs)
+                made = node("Conv", dtype, shapes, (batch, m, *[out] * rank), pads=[pad] * 2 * rank, **attrs)
                 said = f"{batch}×{c}→{m}" + (f"/{group}" if group > 1 else "") + f", {k}" + (f"/{s}" if s > 1 else "")
                 said += (f" dil. {d}" if d > 1 else "") + f", {'×'.join([str(size)] * rank)}"
                 yield said, made, 1
                 yield said, made, 0
 
 
-def others() -> Iterator[tuple[str, gs.Node, int]]:
-    for batch in BATCHES:
+def others(batches: Sequence[int], dtype: str) -> Iterator[tuple[str, gs.Node, int]]:
+    for batch in batches:
         for c, k, s, pad, size in POOLS:
             out = (size + 2 * pad - k) // s + 1
-            made = node("MaxPool", [(batch, c, size, size)], (batch, c, out, out),
+            made = node("MaxPool", dtype, [(batch, c, size, size)], (batch, c, out, out),
                         kernel_shape=[k, k], strides=[s, s], pads=[pad] * 4)  # fmt: skip
             made.outputs.append(gs.Variable("indices", np.dtype(np.int64), [batch, c, out, out]))
             yield f"{batch}×{c}, {k}/{s}, {size}×{size}", made, 0
     for rows, width, count in TABLES:
-        made = node("Gather", [(rows, width), (count,)], (count, width), axis=0)
+        made = node("Gather", dtype, [(rows, width), (count,)], (count, width), axis=0)
         made.inputs[1].dtype = np.dtype(np.int64)
         yield f"{rows}×{width}, {count} read", made, 0
 
 
-def offers(kinds: list[str]) -> Iterator[tuple[str, str, Emitter, list[gs.Tensor], Mapping[str, Lowering]]]:
+def offers(
+    kinds: list[str], batches: Sequence[int] = BATCHES["cpu"], dtype: str = "float32"
+) -> Iterator[tuple[str, str, Emitter, list[gs.Tensor], Mapping[str, Lowering]]]:
     """Site, kind, and what there is to choose among."""
-    for said, made, operand in (*convolutions(), *others()):
+    for said, made, operand in (*convolutions(batches, dtype), *others(batches, dtype)):
         graph = gs.Graph(nodes=[made], inputs=list(made.inputs), opset=18)
         graph.import_domains = [onnx.helper.make_opsetid("", 18)]
         recorder = Recorder()
         op = Emitter(graph, lowerings=recorder)
-        g = gs.Variable("g", np.dtype(np.float32), list(made.outputs[0].shape))
+        g = gs.Variable("g", np.dtype(dtype), list(made.outputs[0].shape))
         table.vjp(op, made, operand, [g, *[None] * (len(made.outputs) - 1)])
         for emitter, kind, operands, candidates in recorder.offered:
             if len(candidates) > 1 and (not kinds or kind.partition(",")[0] in kinds):
@@ -171,6 +179,8 @@ def left_out(rows: list[dict[str, Any]], parts: int = 6) -> tuple[float, float]:
         rest = [row for k, row in enumerate(rows) if k % parts != part]
         if held and rest:
             results.append((lost(held, fit(rest)), len(held)))
+    if not results:
+        return math.nan, math.nan
     mean = np.exp(sum(np.log(r[0]) * n for r, n in results) / sum(n for _, n in results))
     return float(mean), max(r[1] for r, _ in results)
 
@@ -182,10 +192,10 @@ def always(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.exp(np.mean(values))) for name, values in logs.items()}
 
 
-def page(found: Mapping[str, list[dict[str, Any]]], data: Mapping[str, Any]) -> str:
-    """docs/LOWERINGS.md."""
+def page(made: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/LOWERINGS.md or its like for CUDA, of measurements by target."""
     lines = [
-        "# Lowerings",
+        "# Lowerings" + (" on CUDA" if "cuda" in made else ""),
         "",
         "Made by `make lowerings`. Where a gradient can be emitted in several ways, the one of the least predicted",
         "time is taken: counts of work times costs that were fitted to these measurements (`zilc/lowerings.json`).",
@@ -194,12 +204,24 @@ def page(found: Mapping[str, list[dict[str, Any]]], data: Mapping[str, Any]) -> 
         "fastest, as a geometric mean over sites; *left out* is the same on sites that were not fitted, a sixth at a",
         "time.",
         "",
-        f"{data['facts']['machine']}; {data['facts']['versions']}; {data['facts']['date']}, load "
-        f"{data['facts']['load']}.",
-        "",
     ]
+    for target, one in made.items():
+        facts = one["facts"]
+        if len(made) > 1:
+            lines += [f"# Target {target}", ""]
+        lines += [f"{facts['machine']}; {facts['versions']}; {facts['date']}, load {facts['load']}.", ""]
+        lines += _tables(one["found"], one["quality"])
+    lines += [
+        "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
+        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(found: Mapping[str, list[dict[str, Any]]], quality: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
     for kind, rows in found.items():
-        facts = data["quality"][kind]
+        facts = quality[kind]
         names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
         lines += [f"## {kind}", ""]
         lines += [
@@ -221,52 +243,76 @@ def page(found: Mapping[str, list[dict[str, Any]]], data: Mapping[str, Any]) -> 
             ratio = row["ms"][row["chosen"]] / best
             lines.append(f"| {row['site']} | " + " | ".join(cells) + f" | {ratio:.2f} |")
         lines.append("")
-    lines += [
-        "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
-        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read.",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", help="such as Conv.weight,MaxPool.x; by default all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="at most about this long for a site")
-    parser.add_argument("--json", type=Path, help="keep the measurements here, or, with --refit, take them from here")
-    parser.add_argument("--refit", action="store_true", help="measure nothing")
-    parser.add_argument("--write", action="store_true", help=f"write {COSTS.name} and docs/{PAGE.name}")
-    options = parser.parse_args()
-    if options.write and options.kinds:
-        parser.error("--write is for all kinds: the page and the costs are of one run")
-    console = Console(stderr=True)
-    begun = os.getloadavg()[0]
-    found: dict[str, list[dict[str, Any]]] = {}
-    if options.refit:
-        found = json.loads(options.json.read_text())
-    else:
-        sites = list(offers((options.kinds or "").split(",") if options.kinds else []))
-        for said, kind, op, operands, candidates in track(sites, "measuring", console=console):
-            times = measure(op, operands, candidates, seconds=options.seconds)
-            work = {name: dict(candidate.work) for name, candidate in candidates.items()}
-            found.setdefault(kind, []).append({"site": said, "ms": times, "work": work})
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+def judged(found: Mapping[str, list[dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Costs and how good they are, by kind; rows learn what is chosen."""
     costs = {kind: fit(rows) for kind, rows in found.items()}
     quality = {
         kind: {"left out": left_out(rows), "lost": lost(rows, costs[kind]), "always": always(rows)}
         for kind, rows in found.items()
     }
+    return costs, quality
+
+
+def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[str, Any]:
+    """Facts and times of all sites."""
+    providers, _ = choose_providers(options.device)
+    begun = os.getloadavg()[0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    kinds = (options.kinds or "").split(",") if options.kinds else []
+    sites = list(offers(kinds, BATCHES[options.device], dtype))
+    end = time.monotonic() + options.limit
+    # Every so-maniest site, over and over, so that a run that is cut short has seen all kinds.
+    for said, kind, op, operands, candidates in track(
+        [site for k in range(STRIDE) for site in sites[k::STRIDE]], "measuring", console=console
+    ):
+        if time.monotonic() > end:
+            break
+        times = measure(op, operands, candidates, providers, seconds=options.seconds)
+        work = {name: dict(candidate.work) for name, candidate in candidates.items()}
+        found.setdefault(kind, []).append({"site": said, "ms": times, "work": work})
+    machine = f"{processor()} ({os.cpu_count()} cores)"
     facts = {
-        "machine": f"{processor()} ({os.cpu_count()} cores)",
-        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}",
+        "machine": machine if options.device == "cpu" else f"{gpu()}, {machine}",
+        "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, {dtype}",
         "date": datetime.now(UTC).date().isoformat(), "load": f"{begun:.1f} to {os.getloadavg()[0]:.1f}",
     }  # fmt: skip
-    data = {"facts": facts, "quality": quality}
-    text = page(found, data)
+    return {"facts": facts, "found": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, float16 or both with a comma; default: float32")
+    parser.add_argument("--kinds", help="such as Conv.weight,MaxPool.x; by default all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="at most about this long for a site")
+    parser.add_argument("--limit", type=float, default=math.inf, help="stop after about this many seconds a dtype")
+    parser.add_argument("--json", type=Path, help="keep the measurements here, or, with --refit, take them from here")
+    parser.add_argument("--refit", action="store_true", help="measure nothing")
+    parser.add_argument("--write", action="store_true", help=f"write {COSTS.name} and the page in docs")
+    options = parser.parse_args()
+    if options.write and options.kinds:
+        parser.error("--write is for all kinds: the page and the costs are of one run")
+    console = Console(stderr=True)
+    made: dict[str, dict[str, Any]] = {}
+    if options.refit:
+        made = json.loads(options.json.read_text())
+    else:
+        for dtype in options.dtype.split(","):
+            name = options.device if dtype == "float32" else f"{options.device}, half"
+            made[name] = measured(options, dtype, console)
+            if options.json:
+                options.json.write_text(json.dumps(made, indent=1) + "\n")
+    known = json.loads(COSTS.read_text())
+    for target, one in made.items():
+        known["costs"][target], one["quality"] = judged(one["found"])
+        known["facts"][target] = one["facts"]
+    text = page(made)
     if options.write:
-        known = {"facts": {"cpu": facts}, "costs": {"cpu": costs}}
         COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        PAGE.write_text(text)
+        PAGES["cuda" if "cuda" in made else "cpu"].write_text(text)
     else:
         print(text)
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -178,13 +178,16 @@ def _write(*files: tuple[str | None, Callable[[Path], object]]) -> None:
 @shared.rules
 @shared.training
 @shared.costs
+@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="Where it will run fastest: which forms of gradients are emitted. It runs elsewhere as well.")
 @click.option("--trace", is_flag=True,
               help="Give errors, movements and energies of every step and vertex as outputs (literal schedule).")
 @shared.full
 @shared.as_json
 def emit_training(
-    model: str, out: str | None, state: str | None, trace: bool, full: tuple[str, ...], as_json: bool, **given: Any
-) -> None:
+    model: str, out: str | None, state: str | None, target: Literal["cpu", "cuda"], trace: bool, full: tuple[str, ...],
+    as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Emit a graph that computes one training update.
 
     It holds standard ONNX operators alone.  One run is one update: feed each PARAM.next back as PARAM.  The graph's
@@ -196,6 +199,7 @@ def emit_training(
         zilc emit-training model.onnx --loss cross-entropy --optimizer adam -o model.step.onnx
         zilc emit-training model.onnx --outputs grad --wrt 'head.*' --state none
         zilc emit-training model.onnx --dim N=32 --memory-budget 512MiB
+        zilc emit-training model.onnx --target cuda --precision bfloat16
     """
     from zilc import pipeline
     from zilc.checkpoint import state_path
@@ -209,7 +213,7 @@ def emit_training(
     beside = None if state == "none" else Path(state) if state else state_path(graph_path)
     with working("training graph"):
         options = {**shared.selection_of(given), **shared.training_of(given), **shared.costs_of(given)}
-        step = pipeline.emit_training(model, trace=list(full) or trace, **options)
+        step = pipeline.emit_training(model, trace=list(full) or trace, target=target, **options)
         save_step(step, graph_path, beside)
     from zilc import show
 

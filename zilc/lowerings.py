@@ -29,6 +29,7 @@ from zilc.errors import FileError, OptionError
 
 if TYPE_CHECKING:
     from zilc.emit import Emitter
+    from zilc.providers import Providers
 
 #: Where a training graph's metadata say which lowerings were taken.
 KEY = "zilc.lowerings"
@@ -97,10 +98,17 @@ class Lowerings:
             return next(iter(candidates)), "only"
         if self.tuner is not None:
             return self.tuner.fastest(op, kind, site, operands, candidates), "measured"
-        known = costs().get(self.target, {}).get(kind, {})
+        known = self._costs(op, operands).get(kind, {})
         if any(name not in known for name in candidates):
             return next(iter(candidates)), "default"
         return min(candidates, key=lambda name: predicted(known[name], candidates[name].work)), "fitted"
+
+    def _costs(self, op: Emitter, operands: Sequence[gs.Tensor]) -> Mapping[str, Any]:
+        """For the target, and for half precision if that was fitted apart: on a GPU other units compute it."""
+        made: Mapping[str, Any] = costs().get(self.target, {})
+        if any(op.dtype(x).itemsize == 2 for x in operands):
+            made = costs().get(f"{self.target}, half", made)
+        return made
 
     def data(self) -> dict[str, Any]:
         """What was taken, and how it was found, as data."""
@@ -149,18 +157,22 @@ class Tuner:
 
     Args:
         path: the file of what was measured; made at the first measurement.
+        target: ``cpu`` or ``cuda``.
         seconds: at most about this long for one site.
 
     Raises:
         FileError: the file is there and is not one of ours.
+        RuntimeMissing: there is no CUDA.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, seconds: float = 1.0) -> None:
-        from zilc.machine import processor
-        from zilc.providers import import_onnxruntime
+    def __init__(self, path: str | os.PathLike[str], target: str = "cpu", *, seconds: float = 1.0) -> None:
+        from zilc.machine import gpu, processor
+        from zilc.providers import choose_providers, import_onnxruntime
 
         self.path, self.seconds = Path(path), seconds
-        self.machine = f"{processor()}, {os.cpu_count()} processors, onnxruntime {import_onnxruntime().__version__}"
+        self.providers = choose_providers(target)[0]
+        where = gpu() if target == "cuda" else f"{processor()}, {os.cpu_count()} processors"
+        self.machine = f"{where}, onnxruntime {import_onnxruntime().__version__}"
         self._known: dict[str, Any] = self._read()
         #: How many sites were measured, not remembered.
         self.measured = 0
@@ -194,7 +206,7 @@ class Tuner:
         mine = self._known.setdefault(self.machine, {})
         times = mine.get(key, {})
         if any(name not in times for name in candidates):
-            times = measure(op, operands, candidates, seconds=self.seconds)
+            times = measure(op, operands, candidates, self.providers, seconds=self.seconds)
             mine[key] = times
             self.measured += 1
             self._write()
@@ -224,6 +236,7 @@ def measure(
     op: Emitter,
     operands: Sequence[gs.Tensor],
     candidates: Mapping[str, Lowering],
+    providers: Providers,
     *,
     seconds: float = 1.0,
     rounds: int = 9,
@@ -234,7 +247,7 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     for name, candidate in candidates.items():
         try:
-            runs[name] = _session(op, operands, candidate, feeds)
+            runs[name] = _runner(op, operands, candidate, feeds, providers)
             runs[name]()
         except Exception:
             runs.pop(name, None)
@@ -253,17 +266,21 @@ def measure(
 def _random(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     if np.issubdtype(dtype, np.integer):
         return np.zeros(shape, dtype)
-    return rng.standard_normal(shape).astype(dtype)
+    return rng.standard_normal(shape, np.float32).astype(dtype)
 
 
-def _session(
-    op: Emitter, operands: Sequence[gs.Tensor], candidate: Lowering, feeds: Mapping[str, np.ndarray]
+def _runner(
+    op: Emitter,
+    operands: Sequence[gs.Tensor],
+    candidate: Lowering,
+    feeds: Mapping[str, np.ndarray],
+    providers: Providers,
 ) -> Callable[[], Any]:
-    """A candidate as a graph of its own, ready to run."""
+    """A candidate as a graph of its own, ready to run on what lies on the device; on CUDA replayed, as in training."""
     from zilc import onnx_io
     from zilc.emit import Emitter as Fresh
-    from zilc.providers import CPU
-    from zilc.session import make_session
+    from zilc.providers import CUDA, import_onnxruntime
+    from zilc.session import Buffer, make_session, recording_session
 
     inputs = [gs.Variable(f"x{k}", op.dtype(x), op.dims(x)) for k, x in enumerate(operands)]
     for k, x in enumerate(inputs):
@@ -275,23 +292,32 @@ def _session(
     result = gs.Variable("result", dtype=op.dtype(made) if made.dtype is not None else None)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))
     graph.outputs = [result]
-    session = make_session(onnx_io.to_proto(graph, infer=True), [CPU])
-    names = [i.name for i in session.get_inputs()]
-    fed = {name: feeds[name] for name in names}
-    return lambda: session.run(None, fed)
+    model = onnx_io.to_proto(graph, infer=True)
+    on_cuda = CUDA in [p if isinstance(p, str) else p[0] for p in providers]
+    session = (recording_session(model, providers) if on_cuda else None) or make_session(model, providers)
+    binding, device = session.io_binding(), ("cuda" if on_cuda else "cpu", 0)
+    for given in session.get_inputs():
+        array = feeds[given.name]
+        buffer = Buffer(array.shape, array.dtype, device)
+        buffer.write(array)
+        binding.bind_ortvalue_input(given.name, buffer.value)
+    binding.bind_output("result", *device)
+    options = import_onnxruntime().RunOptions()
+    return lambda: session.run_with_iobinding(binding, options)
 
 
-def tuner_of(tune: bool | str | os.PathLike[str]) -> Tuner | None:
+def tuner_of(tune: bool | str | os.PathLike[str], target: str = "cpu") -> Tuner | None:
     """The tuner that ``tune`` asks for: none, one that remembers in the user's folder, or in a file.
 
     Raises:
         OptionError: neither a path nor a truth value.
         FileError: the file is not one of ours.
+        RuntimeMissing: the target is CUDA, and there is none.
     """
     if tune is False:
         return None
     if tune is True:
-        return Tuner(memory())
+        return Tuner(memory(), target)
     if not isinstance(tune, (str, os.PathLike)):
         raise OptionError(f"{tune!r} is neither a file nor true or false", where="--tune")
-    return Tuner(tune)
+    return Tuner(tune, target)

@@ -225,6 +225,7 @@ def emit_training(
     trace: bool | Sequence[str] = False,
     straight_through: bool = False,
     precision: Precision = "float32",
+    target: Literal["cpu", "cuda"] = "cpu",
     tune: bool | str | os.PathLike[str] = False,
     memory_budget: int | str | None = None,
     base_dir: str | os.PathLike[str] | None = None,
@@ -271,9 +272,10 @@ def emit_training(
             operators of a float32 model in that type (:mod:`zilc.passes.mixed_precision`); interface, parameters,
             gradients and optimizer stay float32.  ``float16`` scales the loss (:mod:`zilc.scaling`; wavefront and bp
             only): the scale and a count are ``carried``, and an update with a gradient that is not finite is skipped.
-        tune: where a gradient can be emitted in several ways, measure them on this machine, in onnxruntime's CPU
-            provider, instead of trusting the costs that zilc brings along; what was measured is remembered in the
-            user's folder for zilc, or in the file named here (:mod:`zilc.lowerings`).
+        target: where it will run fastest: where a gradient can be emitted in several ways, the choice is by costs
+            fitted for onnxruntime's provider there (:mod:`zilc.lowerings`).  It runs elsewhere as well.
+        tune: measure these ways on this machine, in the target's provider, instead of trusting the costs that zilc
+            brings along; what was measured is remembered in the user's folder for zilc, or in the file named here.
         memory_budget: bytes, or text such as ``512MiB`` or ``1.5GB``, that the activations alive at once may take,
             beside the graph's inputs and outputs: predictions are dropped and computed again when the wave needs them,
             with the same bits (:mod:`zilc.passes.recompute`).  Needs sizes for all dimensions; wavefront and bp only.
@@ -309,6 +311,7 @@ def emit_training(
             where="--precision",
             hint="Use the wavefront, or bfloat16.",
         )
+    _one_of("--target", target, ("cpu", "cuda"))
     chosen_optimizer = optimizers.make(optimizer, options)
     found = structure(
         model, output=output, dims=dims, tie=tie, opset=opset, mode=mode, base_dir=base_dir,
@@ -340,7 +343,7 @@ def emit_training(
         mode=found.mode,
         mixed=found.mixed is not None,
         scaled=precision == "float16",
-        lowerings=Lowerings(tuner=tuner_of(tune)),
+        lowerings=Lowerings(target, tuner_of(tune, target)),
     )
     for node in graph.nodes:
         if getattr(node, FROZEN, False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import tempfile
@@ -104,18 +103,25 @@ def make_training_session(
         ordered = in_place(optimised, model, pairs)
     options = _options(model, folder)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done, and the order stays
-    if on_cuda and cuda_graph:
-        recording = [_with(p, enable_cuda_graph="1") if n == CUDA else p for n, p in zip(names, providers, strict=True)]
-        with contextlib.suppress(ModelError):
-            session = _open(ordered.model, options, recording, where)
-            return TrainingSession(session, ordered.over, ordered.harmless, captures=True)
-    return TrainingSession(_open(ordered.model, options, providers, where), ordered.over, ordered.harmless)
+    recording = _recording(ordered.model, options, providers, where) if on_cuda and cuda_graph else None
+    session = recording or _open(ordered.model, options, providers, where)
+    return TrainingSession(session, ordered.over, ordered.harmless, captures=recording is not None)
 
 
-def _with(provider: str | tuple[str, dict[str, Any]], **more: str) -> tuple[str, dict[str, Any]]:
-    """A provider with more options."""
-    name, options = (provider, {}) if isinstance(provider, str) else provider
-    return name, {**options, **more}
+def recording_session(model: onnx.ModelProto, providers: Providers) -> Any:
+    """A session that records runs as CUDA graphs; None where onnxruntime cannot."""
+    return _recording(model, _options(model, ""), providers, None)
+
+
+def _recording(model: onnx.ModelProto, options: Any, providers: Providers, where: str | None) -> Any:
+    asked: Providers = []
+    for provider in providers:
+        name, given = (provider, {}) if isinstance(provider, str) else provider
+        asked.append((name, {**given, "enable_cuda_graph": "1"} if name == CUDA else given))
+    try:
+        return _open(model, options, asked, where)
+    except ModelError:
+        return None
 
 
 def _options(model: onnx.ModelProto, folder: str) -> Any:
