@@ -32,17 +32,41 @@ def _noted(model: onnx.ModelProto) -> dict[str, set[str]]:
     return found
 
 
-def test_costs_are_known_for_every_candidate() -> None:
-    """What the fit tool offers is what rules offer, and all of it has costs."""
-    known = lowerings.costs()["cpu"]
+@pytest.mark.parametrize(("target", "dtype"), [("cpu", "float32"), ("cuda", "float32"), ("cuda", "float16")])
+def test_costs_are_known_for_every_candidate(target: str, dtype: str) -> None:
+    """What the fit tool offers is what rules offer, and all of it has costs, but what is measured or left alone."""
+    known = lowerings.costs()[target if dtype == "float32" else f"{target}, half"]
     offered: dict[str, set[str]] = {}
-    for _site, kind, _op, _operands, candidates in fit_lowerings.offers([]):
-        offered.setdefault(kind, set()).update(candidates)
+    for _site, kind, _op, _operands, candidates in fit_lowerings.offers([], target, dtype):
+        offered.setdefault(kind, set()).update(name for name, one in candidates.items() if not one.erratic)
     assert {kind: set(row) for kind, row in known.items()} == offered
     for kind, row in known.items():
         for name, cost in row.items():
             assert cost, (kind, name)
             assert all(np.isfinite(x) and x >= 0 for x in cost.values()), (kind, name)
+
+
+def test_what_is_erratic_is_taken_only_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"a": Lowering(lambda op: "a", {"items": 10}), "b": Lowering(lambda op: "b", {"items": 1}, erratic=True)}  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(lowerings, "costs", lambda: {"cpu": {"kind": {n: {"items": 1.0} for n in made}}})
+    assert Lowerings().choose(None, "kind", "", [], made) == ("a", "fitted")  # type: ignore[arg-type]
+    monkeypatch.setattr(lowerings, "measure", lambda *a, **k: {"a": 2.0, "b": 1.0})
+    tuned = Lowerings("cpu", Tuner(tmp_path / "t.json"))
+    assert tuned.choose(None, "kind", "", [], made) == ("b", "measured")  # type: ignore[arg-type]
+
+
+def test_one_lowering_everywhere_where_the_fit_is_worse() -> None:
+    """Times that no count of work explains: the costs then say the steady one, whatever the work."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"site": str(k), "ms": {"steady": 1.0, "wild": float(rng.choice([0.9, 9.0]))},
+         "work": {"steady": {"items": k}, "wild": {"items": k}}}
+        for k in range(24)
+    ]  # fmt: skip
+    costs, quality = fit_lowerings.judged({"kind": rows})
+    assert {row["chosen"] for row in rows} == {"steady"}
+    assert quality["kind"]["lost"][0] == pytest.approx(quality["kind"]["always"]["steady"])
+    assert lowerings.predicted(costs["kind"]["wild"], {"items": 1e6}) > 1e8
 
 
 def test_the_least_predicted_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

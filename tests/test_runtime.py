@@ -105,9 +105,8 @@ def test_optimizers_equal_torch(name: str, options: dict, optimizer: Any, dtype:
 
 def test_two_sets_of_buffers_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
     # As where nothing is written over itself (tests/test_in_place.py).
-    monkeypatch.setattr(
-        runtime, "make_training_session", lambda model, providers, *_, **__: TrainingSession(make_session(model, providers))
-    )
+    plain = lambda model, providers, *_, **__: TrainingSession(make_session(model, providers))  # noqa: E731
+    monkeypatch.setattr(runtime, "make_training_session", plain)
     trainer = _trainer(optimizer="adam")
     pointers = []
     for feeds in _batches(4):

@@ -77,6 +77,8 @@ TABLES = [
     (256, 256, 256), (512, 128, 256), (512, 768, 128), (1024, 64, 256), (2048, 256, 256), (10000, 512, 160),
 ]  # fmt: skip
 BATCHES = {"cpu": (4, 20), "cuda": (20, 64)}
+#: Milliseconds that keep a lowering from being taken.
+NEVER = 1e9
 #: Sites are measured in this many rounds.
 STRIDE = 8
 
@@ -84,8 +86,8 @@ STRIDE = 8
 class Recorder(Lowerings):
     """Keeps what it is offered, and takes the first."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
         self.offered: list[tuple[Emitter, str, list[gs.Tensor], Mapping[str, Lowering]]] = []
 
     def choose(self, op: Emitter, kind: str, site: str, operands: Any, candidates: Any) -> tuple[str, str]:
@@ -129,13 +131,14 @@ def others(batches: Sequence[int], dtype: str) -> Iterator[tuple[str, gs.Node, i
 
 
 def offers(
-    kinds: list[str], batches: Sequence[int] = BATCHES["cpu"], dtype: str = "float32"
+    kinds: list[str], target: str = "cpu", dtype: str = "float32"
 ) -> Iterator[tuple[str, str, Emitter, list[gs.Tensor], Mapping[str, Lowering]]]:
     """Site, kind, and what there is to choose among."""
+    batches = BATCHES[target]
     for said, made, operand in (*convolutions(batches, dtype), *others(batches, dtype)):
         graph = gs.Graph(nodes=[made], inputs=list(made.inputs), opset=18)
         graph.import_domains = [onnx.helper.make_opsetid("", 18)]
-        recorder = Recorder()
+        recorder = Recorder(target)
         op = Emitter(graph, lowerings=recorder)
         g = gs.Variable("g", np.dtype(dtype), list(made.outputs[0].shape))
         table.vjp(op, made, operand, [g, *[None] * (len(made.outputs) - 1)])
@@ -147,7 +150,7 @@ def offers(
 def fit(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Costs of every lowering of one kind from its measurements."""
     costs = {}
-    for name in dict.fromkeys(name for row in rows for name in row["ms"]):
+    for name in dict.fromkeys(name for row in rows for name in row["ms"] if name not in row.get("erratic", ())):
         mine = [row for row in rows if row["ms"].get(name) is not None]
         works = sorted({work for row in mine for work in row["work"][name]})
         matrix = np.array([[1.0, *(row["work"][name].get(w, 0.0) for w in works)] for row in mine])
@@ -165,7 +168,8 @@ def lost(rows: list[dict[str, Any]], costs: Mapping[str, Mapping[str, float]]) -
     ratios = []
     for row in rows:
         ran = {name: ms for name, ms in row["ms"].items() if ms is not None}
-        chosen = min(ran, key=lambda name: predicted(costs.get(name, {}), row["work"][name]))
+        known = [name for name in ran if name not in row.get("erratic", ())]
+        chosen = min(known, key=lambda name: predicted(costs.get(name, {}), row["work"][name]))
         row["chosen"] = chosen
         ratios.append(ran[chosen] / min(ran.values()))
     return float(np.exp(np.mean(np.log(ratios)))), max(ratios)
@@ -202,7 +206,7 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         "`--tune` measures on your own machine instead. Milliseconds in onnxruntime, medians of interleaved runs, all",
         "candidates of a site in turns; the chosen one is in bold. *lost* is the time of the choice over that of the",
         "fastest, as a geometric mean over sites; *left out* is the same on sites that were not fitted, a sixth at a",
-        "time.",
+        "time. What follows no counts of work, in italics, is taken by `--tune` alone.",
         "",
     ]
     for target, one in made.items():
@@ -239,7 +243,8 @@ def _tables(found: Mapping[str, list[dict[str, Any]]], quality: Mapping[str, Any
             for name in names:
                 ms = row["ms"].get(name)
                 text = "" if name not in row["ms"] else "does not run" if ms is None else f"{ms:.3g}"
-                cells.append(f"**{text}**" if name == row["chosen"] else text)
+                mark = "**" if name == row["chosen"] else "*" if text and name in row.get("erratic", ()) else ""
+                cells.append(f"{mark}{text}{mark}")
             ratio = row["ms"][row["chosen"]] / best
             lines.append(f"| {row['site']} | " + " | ".join(cells) + f" | {ratio:.2f} |")
         lines.append("")
@@ -247,12 +252,20 @@ def _tables(found: Mapping[str, list[dict[str, Any]]], quality: Mapping[str, Any
 
 
 def judged(found: Mapping[str, list[dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Costs and how good they are, by kind; rows learn what is chosen."""
-    costs = {kind: fit(rows) for kind, rows in found.items()}
-    quality = {
-        kind: {"left out": left_out(rows), "lost": lost(rows, costs[kind]), "always": always(rows)}
-        for kind, rows in found.items()
-    }
+    """Costs and how good they are, by kind; rows learn what is chosen.
+
+    Where one lowering everywhere loses less than the fitted choice does on sites that it was not fitted to, the costs
+    are made so that it is taken everywhere.
+    """
+    costs, quality = {}, {}
+    for kind, rows in found.items():
+        made, blind, same = fit(rows), left_out(rows), always(rows)
+        steady = {name: ratio for name, ratio in same.items() if name in made}
+        best = min(steady, key=lambda name: steady[name], default="")
+        if best and not blind[0] <= steady[best]:
+            made = {name: {**cost, "constant": NEVER} if name != best else cost for name, cost in made.items()}
+        costs[kind] = made
+        quality[kind] = {"left out": blind, "lost": lost(rows, made), "always": same}
     return costs, quality
 
 
@@ -262,7 +275,7 @@ def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[
     begun = os.getloadavg()[0]
     found: dict[str, list[dict[str, Any]]] = {}
     kinds = (options.kinds or "").split(",") if options.kinds else []
-    sites = list(offers(kinds, BATCHES[options.device], dtype))
+    sites = list(offers(kinds, options.device, dtype))
     end = time.monotonic() + options.limit
     # Every so-maniest site, over and over, so that a run that is cut short has seen all kinds.
     for said, kind, op, operands, candidates in track(
@@ -272,7 +285,8 @@ def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[
             break
         times = measure(op, operands, candidates, providers, seconds=options.seconds)
         work = {name: dict(candidate.work) for name, candidate in candidates.items()}
-        found.setdefault(kind, []).append({"site": said, "ms": times, "work": work})
+        erratic = [name for name, candidate in candidates.items() if candidate.erratic]
+        found.setdefault(kind, []).append({"site": said, "ms": times, "work": work, "erratic": erratic})
     machine = f"{processor()} ({os.cpu_count()} cores)"
     facts = {
         "machine": machine if options.device == "cpu" else f"{gpu()}, {machine}",

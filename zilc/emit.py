@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import cuda_forms, onnx_io
 from zilc.graph import fresh_name
 from zilc.lowerings import Lowerings
 
@@ -107,10 +107,19 @@ class Emitter:
         return emit
 
     def emit(self, op_type: str, *operands: Operand, outputs: int = 1, domain: str | None = None, **attrs: Any) -> Any:
-        """Append one node; returns its output, or a tuple if ``outputs`` > 1.
+        """Append one node, or the few that the target has in its place; returns the output, or a tuple of them.
 
         Attributes that are None are left to the operator's default.
         """
+        form = cuda_forms.FORMS.get(op_type) if self.lowerings.target == "cuda" and domain is None else None
+        if form is not None:
+            return form(self, *operands, **attrs)
+        return self.plain(op_type, *operands, outputs=outputs, domain=domain, **attrs)
+
+    def plain(
+        self, op_type: str, *operands: Operand, outputs: int = 1, domain: str | None = None, **attrs: Any
+    ) -> Any:
+        """:meth:`emit`, always this operator."""
         # A number takes its dtype from the operand that gives the output its own: not from Where's condition.
         value_operands = operands[_DTYPE_OPERAND.get(op_type, 0) :]
         like = next((t for t in (*value_operands, *operands) if isinstance(t, gs.Tensor)), None)

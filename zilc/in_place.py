@@ -24,8 +24,11 @@ import onnx
 _OVER = {
     "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Identity": (0,), "Gemm": (2,), "ScatterND": (0,)
 }  # fmt: skip
-#: On CUDA: those whose kernels compute an element from the operands' elements of the same place alone.
-CUDA_OVER = {"Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Where": (1, 2), "Identity": (0,)}
+#: On CUDA: those whose kernels compute an element from the operands' elements of the same place alone, and Gemm, which
+#: copies its addend into the result (here onto itself) and adds to that.
+CUDA_OVER = {
+    "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "Where": (1, 2), "Identity": (0,), "Gemm": (2,)
+}  # fmt: skip
 
 
 #: Operators whose result is their first operand's memory under another name: who reads the one reads the other.  Those

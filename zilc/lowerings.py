@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -44,10 +45,12 @@ class Lowering:
     Attributes:
         emit: called with an emitter and the operands; gives the cotangent.
         work: how much of what it does, by name, for the sizes at hand.
+        erratic: its time does not follow from counts of work, so it is taken only where it was measured.
     """
 
     emit: Callable[..., gs.Tensor]
     work: Mapping[str, float]
+    erratic: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Lowerings:
             return next(iter(candidates)), "only"
         if self.tuner is not None:
             return self.tuner.fastest(op, kind, site, operands, candidates), "measured"
+        candidates = {name: one for name, one in candidates.items() if not one.erratic}
         known = self._costs(op, operands).get(kind, {})
         if any(name not in known for name in candidates):
             return next(iter(candidates)), "default"
@@ -245,9 +249,11 @@ def measure(
     rng = np.random.default_rng(0)
     feeds = {f"x{k}": _random(rng, op.dtype(x), assumed(op, x) or ()) for k, x in enumerate(operands)}
     runs: dict[str, Callable[[], Any]] = {}
-    for name, candidate in candidates.items():
+    with ThreadPoolExecutor() as pool:
+        made = {name: pool.submit(_runner, op, operands, one, feeds, providers) for name, one in candidates.items()}
+    for name, runner in made.items():
         try:
-            runs[name] = _runner(op, operands, candidate, feeds, providers)
+            runs[name] = runner.result()
             runs[name]()
         except Exception:
             runs.pop(name, None)
@@ -287,7 +293,7 @@ def _runner(
         x.shape = [f"n{k}_{axis}" if isinstance(n, str) and axis else n for axis, n in enumerate(x.shape)]
     graph = gs.Graph(inputs=list(inputs), opset=op.graph.opset)
     graph.import_domains = [onnx.helper.make_opsetid("", op.graph.opset)]
-    own = Fresh(graph)
+    own = Fresh(graph, lowerings=Lowerings(op.lowerings.target))
     made = candidate.emit(own, *inputs)
     result = gs.Variable("result", dtype=op.dtype(made) if made.dtype is not None else None)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))

@@ -28,12 +28,15 @@ from zilc.vjp.conv_lowerings import (
     image_by_conv,
     image_by_transpose,
     weight_by_columns,
+    weight_by_gather,
     weight_by_swapped_conv,
     weight_by_volume_conv,
 )
 from zilc.vjp.table import defvjp
 from zilc.vjp.window import Window, conv_window, int64s, spatial_rank, spatial_shape, transpose_window
 
+#: Elements of an index that is kept on the device with the graph.
+_INDEX = 1 << 22
 Form = Callable[..., gs.Tensor]
 Work = dict[str, float]
 
@@ -83,7 +86,11 @@ def _kind(op: Emitter, operand: str, w: gs.Tensor, window: Window) -> str:
 def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes."""
     forms = _weight_forms(op, image, w, window)
-    candidates = {name: Lowering(partial(form, window=window), work) for name, (form, work) in forms.items()}
+    # On a GPU it depends on the algorithm that cuDNN finds: half or ten times the time of products of columns.
+    erratic = {"swapped"} if op.lowerings.target == "cuda" and len(forms) > 1 else set()
+    candidates = {
+        name: Lowering(partial(form, window=window), work, name in erratic) for name, (form, work) in forms.items()
+    }
     kind = _kind(op, "Conv.weight", w, window)
     return op.lowerings.emit(op, kind, window.site, [image, map_, w], candidates)
 
@@ -125,6 +132,13 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         form = partial(weight_by_columns, on_map=[0])
         found["columns, rows on the map"] = (form, rows)
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
+    if op.lowerings.target == "cuda":
+        for name in ("volume", "taps", "taps by example"):  # up to a hundred times as long there, and never the best
+            found.pop(name, None)
+        found["gathered columns by example"] = (partial(weight_by_gather, batched=True), {**work, **by_example})
+        dims = op.dims(image)
+        if dims is not None and isinstance(dims[0], (int, np.integer)) and n * taps * positions <= _INDEX:
+            found["gathered columns"] = (weight_by_gather, work)
     return found
 
 

@@ -224,6 +224,62 @@ def weight_by_columns(
     return op.Reshape(taps, list(shape)) if grouped else taps
 
 
+def weight_by_gather(
+    op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window, *, batched: bool = False
+) -> gs.Tensor:
+    """The same product of columns, which one Gather lays out: of all taps and positions from the padded image.
+
+    A Gather writes each element once, where shifted copies are written, read and written again when put together.
+    Elements are taken one by one, which a GPU does as fast as copying.  The weight's and all spatial sizes must be
+    static, and the batch too unless ``batched``, which makes a product an example.
+    """
+    group, kernel, positions = window.group, window.kernel, window.map
+    shape, dims = op.static(w), op.dims(image)
+    assert kernel is not None, "static sizes"
+    assert positions is not None, "static sizes"
+    assert window.image is not None, "static sizes"
+    assert shape is not None, "static sizes"
+    assert dims is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    m, c = shape[0] // group, shape[1]
+    need = [(p - 1) * s + e for p, s, e in zip(positions, window.strides, window.extent, strict=True)]
+    behind = [max(n - a - x, 0) for n, a, x in zip(need, window.begin, window.image, strict=True)]
+    x = zero_pad(op, image, window.begin, behind, window.spatial)
+    sizes = [a + x_ + b for a, x_, b in zip(window.begin, window.image, behind, strict=True)]
+    # Where each tap finds the element of each position: [K] taps, (N,) [P] positions.
+    rank, lead = window.rank, 0 if batched else 1
+    where: gs.Tensor | None = None
+    count = 1 if batched else int(dims[0])  # type: ignore[arg-type]
+    dtype = np.int32 if count * math.prod(sizes) < 2**31 else np.int64  # half the size, where it reaches
+    if not batched:
+        examples = np.arange(count) * math.prod(sizes)
+        where = op.constant(examples.astype(dtype).reshape([1] * rank + [-1] + [1] * rank))
+    for axis in range(rank):
+        at = np.arange(kernel[axis])[:, None] * window.dilations[axis]
+        at = (at + np.arange(positions[axis]) * window.strides[axis]) * math.prod(sizes[axis + 1 :])
+        placed = [1] * (2 * rank + lead)
+        placed[axis], placed[rank + lead + axis] = kernel[axis], positions[axis]
+        index = op.constant(at.astype(dtype).reshape(placed))
+        where = index if where is None else op.Add(where, index)
+    index = op.Reshape(where, [-1])
+    taps, width = math.prod(kernel), math.prod(positions)
+    grouped = [group] if group > 1 else []
+    if batched:
+        columns = op.Gather(op.Reshape(x, [0, shape[1] * group, math.prod(sizes)]), index, axis=2)
+        columns = op.Reshape(columns, [0, *grouped, c * taps, width])
+        rows = op.Reshape(map_, [0, *grouped, m, width])
+        last = 1 + len(grouped)
+        product_ = op.MatMul(rows, op.Transpose(columns, perm=[*range(last), last + 1, last]))
+        return op.Reshape(op.ReduceSum(product_, [0], keepdims=0), list(shape))
+    back = [1, 0, *window.spatial]
+    columns = op.Gather(op.Reshape(op.Transpose(x, perm=back), [shape[1] * group, -1]), index, axis=1)
+    columns = op.Reshape(columns, [*grouped, c * taps, -1])
+    rows = op.Reshape(op.Transpose(map_, perm=back), [*grouped, m, -1])
+    if not grouped:
+        return op.Reshape(op.Gemm(rows, columns, transB=1), list(shape))
+    return op.Reshape(op.MatMul(rows, op.Transpose(columns, perm=[0, 2, 1])), list(shape))
+
+
 # --- image cotangent --------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,9 @@ from zilc.lowerings import Lowering, assumed
 from zilc.vjp.shape import known, rank_of, reshape_like
 from zilc.vjp.table import defvjp
 
+#: Elements of a one-hot matrix that is made whatever the costs say.
+_HOT = 1 << 22
+
 
 def _int64(*values: int) -> np.ndarray:
     return np.asarray(values, np.int64)
@@ -78,6 +81,9 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
     candidates = {"scatter": Lowering(_gather_by_scatter, work), "one-hot": Lowering(_gather_by_one_hot, work)}
     if not work:
         candidates = {"scatter": candidates["scatter"]}
+    elif op.lowerings.target == "cuda" and work["hot"] <= _HOT:
+        # Nearly as fast there, and the same bits every time: a scattered sum is in the order in which threads arrive.
+        candidates = {"one-hot": candidates["one-hot"]}
     return op.lowerings.emit(op, "Gather.data", "", [g, index, x], candidates)
 
 

@@ -1,0 +1,60 @@
+"""Operators in the forms that suit onnxruntime's CUDA provider: the same values, by other kernels.
+
+What is measured in favour of each is in docs/BENCHMARKS_CUDA.md; which kernels there are, in docs/CUDA.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zilc.emit import Emitter
+
+#: More operands' addresses than this do not travel with a launch: they are copied to the device, which cannot be
+#: recorded as part of a CUDA graph.
+OPERANDS = 32
+
+
+def concat(op: Emitter, *parts: Any, axis: int, **attrs: Any) -> Any:
+    """Many operands by way of groups of them."""
+    while len(parts) > OPERANDS:
+        groups = [parts[k : k + OPERANDS] for k in range(0, len(parts), OPERANDS)]
+        parts = tuple(op.plain("Concat", *g, axis=axis, **attrs) if len(g) > 1 else g[0] for g in groups)
+    return op.plain("Concat", *parts, axis=axis, **attrs)
+
+
+def reduce_sum(op: Emitter, x: Any, axes: Any = None, keepdims: int | None = None, **attrs: Any) -> Any:
+    """A sum over leading and trailing axes as two sums.
+
+    onnxruntime has kernels of its own for sums over leading or over trailing axes; anything else goes to cuDNN, which
+    takes several times as long.
+    """
+    rank = op.rank(x)
+    if rank is None or not isinstance(axes, list):
+        return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
+    summed = sorted(axis % rank for axis in axes)
+    kept = [axis for axis in range(rank) if axis not in summed]
+    if not kept or kept[0] == 0 or kept[-1] == rank - 1 or len(kept) <= kept[-1] - kept[0]:
+        return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
+    trailing = op.plain("ReduceSum", x, list(range(kept[-1] + 1, rank)), keepdims=keepdims, **attrs)
+    return op.plain("ReduceSum", trailing, list(range(kept[0])), keepdims=keepdims, **attrs)
+
+
+def _compared(name: str) -> Callable[..., Any]:
+    def compare(op: Emitter, a: Any, b: Any) -> Any:
+        """bfloat16, which has no such kernel, as float32; every bfloat16 is one."""
+        tensors = [x for x in (a, b) if hasattr(x, "dtype")]
+        if any(op.dtype(x).name == "bfloat16" for x in tensors):
+            a, b = (op.widened(x) if hasattr(x, "dtype") else x for x in (a, b))
+        return op.plain(name, a, b)
+
+    return compare
+
+
+#: By operator.  Each takes the emitter and what the operator takes.
+FORMS: Mapping[str, Callable[..., Any]] = {
+    "Concat": concat,
+    "ReduceSum": reduce_sum,
+    **{name: _compared(name) for name in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")},
+}
