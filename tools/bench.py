@@ -8,11 +8,18 @@ rounds, and ratios of the same rounds with a bootstrapped 95 % interval.
 
 ``make bench`` sets up the environments of the peers that need their own, and runs this.  ``--write`` writes
 docs/BENCHMARKS.md and docs/benchmarks.json.
+
+With ``--device cuda`` each peer's GPU memory is measured too, and how much of the device's best rate it reaches; the
+peers of several networks are built at the same time (``--builds``) and timed one after another, and ``--write`` writes
+docs/BENCHMARKS_CUDA.md and docs/benchmarks_cuda.json.  ``--from-json FILE,FILE --write`` writes the page of a run
+elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -21,13 +28,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import bench_cuda  # type: ignore[import-not-found]
 import numpy as np
+from bench_cuda import grid as _grid
 from bench_targets import ALL, judge
-from bench_task import TARGET, Task
+from bench_task import HALVES, TARGET, Task, device_used_mib
 from rich.console import Console
 from rich.table import Table
 
@@ -36,21 +48,44 @@ from zilc.machine import processor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BATCH = {"transformer": 4, "decoder": 4}
-PEERS = ("zilc", "zilc-bp", "zilc-literal", "torch", "torch-compile", "ort-training", "onnx-ad", "jax")
+KNOWN = (*ALL, "mlp2", "mlp4")
+PRECISIONS = ("float32", "float64", *HALVES)
+PEERS = (
+    "zilc", "zilc-bp", "zilc-literal", "zilc-plain", "torch", "torch-compile", "torch-graphs", "ort-training",
+    "onnx-ad", "jax",
+)  # fmt: skip
+#: Peers that use CUDA graphs, or leave them out where they are the rule: nothing on a CPU.
+CUDA_ALONE = ("zilc-plain", "torch-graphs")
+#: Not measured on a GPU unless asked for: they need environments of their own, and their dynamics minutes.
+CPU_ALONE = ("zilc-literal", "ort-training", "onnx-ad")
+#: Those that have mixed precision.
+MIXED = ("zilc", "zilc-bp", "zilc-plain", "torch", "torch-compile", "torch-graphs", "jax")
 #: Environments of their own, by peer; the rest run in this one.
 ENVIRONMENTS = {"ort-training": ".venv-ort-training", "onnx-ad": ".venv-peers", "jax": ".venv-peers"}
 #: Literal dynamics run K forward and backward passes a step: minutes on the convolutional networks.
 LITERAL = ("mlp3", "rnn", "decoder")
-#: A round of a peer takes about this long, or one step.
-ROUND_MS = 400.0
+#: JAX would take three quarters of the device at once, which other peers need, and nobody could tell what it used.
+ON_CUDA = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+#: A round of a peer takes about this long, or one step: where steps are short and the machine is lent, less.
+ROUND_MS = {"cpu": 400.0, "cuda": 150.0}
+#: Peers that are built at the same time on a GPU, at most.
+BUILDS = 12
+#: Peers that are alive at the same time, each with its context on the GPU.
+ALIVE = 40
 #: Each peer has this many rounds, however slow.
 LEAST_ROUNDS = 3
 #: Relative differences allowed in the first loss, and in the loss after one update besides MOVED of its change.
 TOLERANCES = {"float32": (1e-4, 1e-5), "float64": (1e-9, 1e-9)}
 #: A peer that updates nothing is off by the whole change.
 MOVED = 0.02
+#: In half precision first losses of these networks were off by 7e-4 at most (bfloat16, ResNet18).
+HALF_TOLERANCE = 5e-3
+#: There it is the change that is held, from the peer's own first loss on: rounding does much the same to both losses,
+#: and the change may be less than it (2e-4 of AlexNet's loss).  Changes were off by 3 % at most; a peer that updates
+#: nothing is off by all of it, one with half the rate by half.
+HALF_MOVED = 0.15
 #: PyTorch's RNN has two biases, which are trained both: more parameters, and another update.
-TWO_BIASES = {("torch", "rnn"): 128, ("torch-compile", "rnn"): 128}
+TWO_BIASES = {(peer, "rnn"): 128 for peer in ("torch", "torch-compile", "torch-graphs")}
 
 
 class Peer:
@@ -62,19 +97,20 @@ class Peer:
         spent: seconds in counted rounds.
     """
 
-    def __init__(self, name: str, task: Task, patience: float) -> None:
-        self.name, self.patience = name, patience
+    def __init__(self, name: str, task: Task, patience: float, round_ms: float = ROUND_MS["cpu"]) -> None:
+        self.name, self.patience, self.round_ms = name, patience, round_ms
+        self.device = task.device
         self.rounds: dict[int, float] = {}
         self.spent, self.steps = 0.0, 1
         self._process: subprocess.Popen[str] | None = None
-        python = interpreter(name)
+        python = interpreter(name, task.device)
         if not python.exists():
             self.facts: dict[str, Any] = {"failed": "not set up (make bench does it)"}
             return
         self._process = subprocess.Popen(
             [str(python), str(HERE / "bench_workers.py"), name, str(task.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(task.threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(task.threads), **(ON_CUDA if task.device == "cuda" else {})},
         )  # fmt: skip
         answer = self._answer()
         self.facts = answer.get("ready", answer)
@@ -95,7 +131,7 @@ class Peer:
         timer.start()
         line = self._process.stdout.readline()
         timer.cancel()
-        if line.strip():
+        if line.endswith("\n"):
             return json.loads(line)
         if late.is_set():
             return {"failed": f"no answer within {self.patience:g} s"}
@@ -128,9 +164,9 @@ class Peer:
         """Caches filled, the length of a round settled."""
         for _ in range(2):
             middle = self.run(self.steps)
-            if middle is None or middle > ROUND_MS:
+            if middle is None or middle > self.round_ms:
                 return
-            self.steps = max(1, min(400, int(ROUND_MS / max(middle, 1e-3))))
+            self.steps = max(1, min(400, int(self.round_ms / max(middle, 1e-3))))
 
     def round(self, number: int) -> None:
         """A counted round."""
@@ -140,17 +176,31 @@ class Peer:
         if middle is not None:
             self.rounds[number] = middle
 
-    def end(self) -> dict[str, float]:
-        """Its memory."""
-        made = self.ask("end")
+    def end(self) -> dict[str, float] | None:
+        """Its memory; None where the process failed, and ``facts`` say how.
+
+        Where the driver does not tell a process's memory on the device, it is what its end sets free.
+        """
+        used = device_used_mib() if self.device == "cuda" else None
+        try:
+            made = self.ask("end")
+        except OSError:
+            made = {"failed": "the process ended"}
         self.close()
+        if "failed" in made:
+            self.facts = made
+            return None
+        if used is not None and "device_mib" not in made:
+            left = device_used_mib()
+            made |= {} if left is None else {"device_mib": used - left}
         return made
 
     def close(self) -> None:
         """End the process, whatever it does."""
         if self._process is not None:
             if self._process.stdin is not None:
-                self._process.stdin.close()
+                with contextlib.suppress(OSError):  # what was not read by a process that has ended
+                    self._process.stdin.close()
             try:
                 self._process.wait(10)
             except subprocess.TimeoutExpired:
@@ -158,11 +208,14 @@ class Peer:
                 self._process.wait()
 
 
-def interpreter(peer: str) -> Path:
-    """The Python that runs a peer."""
-    if peer in ENVIRONMENTS:
-        return ROOT / ENVIRONMENTS[peer] / "bin" / "python"
-    return Path(sys.executable)
+def interpreter(peer: str, device: str = "cpu") -> Path:
+    """The Python that runs a peer: its own environment's; on a GPU JAX may live in this one."""
+    own = Path(sys.executable)
+    if peer not in ENVIRONMENTS:
+        return own
+    python = ROOT / ENVIRONMENTS[peer] / "bin" / "python"
+    here = peer == "jax" and device == "cuda" and importlib.util.find_spec("jax") is not None
+    return own if here and not python.exists() else python
 
 
 def ratio(a: dict[int, float], b: dict[int, float], rng: np.random.Generator) -> tuple[float, float, float]:
@@ -173,28 +226,72 @@ def ratio(a: dict[int, float], b: dict[int, float], rng: np.random.Generator) ->
     return float(np.median(pairs)), float(low), float(high)
 
 
-def prepare(folder: Path, network: str, options: argparse.Namespace, optimizer: str) -> tuple[Task, float, int]:
-    """Write a network's files; returns the task, the loss that each peer must find first, and how many are trained.
+@dataclass(frozen=True)
+class Case:
+    """A network to measure, in one form.
+
+    Attributes:
+        rounds: of each peer.
+    """
+
+    network: str
+    batch: int
+    precision: str
+    optimizer: str
+    peers: tuple[str, ...]
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.network}, batch {self.batch}, {self.precision}, {self.optimizer}"
+
+    def result(self, peers: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """What is said of it."""
+        return {
+            "network": self.network, "batch": self.batch, "precision": self.precision, "optimizer": self.optimizer,
+            **more, "peers": peers,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case's files and what is expected of its peers.
+
+    Attributes:
+        loss: that each peer must find first.
+        parameters: how many numbers are trained.
+        gflop: of the step's products; None where they are not asked for.
+    """
+
+    task: Task
+    loss: float
+    parameters: int
+    gflop: float | None
+
+
+def prepare(folder: Path, case: Case, options: argparse.Namespace) -> Prepared:
+    """Write a network's files.
 
     The loss is computed here in float64 from the forward pass in ONNX Runtime, not by any peer.
     """
     import onnx
     import onnxruntime
+    from bench_work import step_operations  # type: ignore[import-not-found]
 
     import zilc
     from zilc import models
 
-    batch = options.batch or BATCH.get(network, 20)
-    model = models.build(network, batch=batch, dtype=options.precision)
-    feeds = models.random_feeds(model, batch, np.random.default_rng(0), loss="cross-entropy")
-    names = [entry["name"] for entry in zilc.emit_training(model, loss="cross-entropy").signature["parameters"]]
+    dtype = "float32" if case.precision in HALVES else case.precision
+    model = models.build(case.network, batch=case.batch, dtype=dtype)
+    feeds = models.random_feeds(model, case.batch, np.random.default_rng(0), loss="cross-entropy")
+    step = zilc.emit_training(model, loss="cross-entropy", algorithm="bp")
+    names = [entry["name"] for entry in step.signature["parameters"]]
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     weights = {n: a for n, a in arrays.items() if a.dtype.kind == "f" and a.ndim}
     task = Task(
-        folder=folder, network=network, batch=batch, parameters=tuple(names),
+        folder=folder, network=case.network, batch=case.batch, parameters=tuple(names),
         inputs=tuple(i.name for i in model.graph.input), output=model.graph.output[0].name,
-        lr=1e-2 if optimizer == "sgd" else 1e-4, optimizer=optimizer, precision=options.precision,
-        device=options.device, threads=options.threads,
+        lr=1e-2 if case.optimizer == "sgd" else 1e-4, optimizer=case.optimizer, precision=case.precision,
+        device=options.device, threads=options.threads, gate=options.gate if options.builds > 1 else "",
     )  # fmt: skip
     onnx.save(model, str(task.model))
     task.write(weights, feeds)
@@ -202,7 +299,8 @@ def prepare(folder: Path, network: str, options: argparse.Namespace, optimizer: 
     quiet.log_severity_level = 4
     session = onnxruntime.InferenceSession(str(task.model), quiet, providers=["CPUExecutionProvider"])
     (logits,) = session.run([task.output], {name: feeds[name] for name in task.inputs})
-    return task, cross_entropy(logits, feeds[TARGET]), sum(weights[n].size for n in names)
+    work = step_operations(step.model) / 1e9 if options.device == "cuda" else None
+    return Prepared(task, cross_entropy(logits, feeds[TARGET]), sum(weights[n].size for n in names), work)
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -226,48 +324,97 @@ def fault(
     Args:
         facts: the worker's: its first two losses, and how many numbers it trains.
         loss: expected at first.
-        after: expected after one update; None where that is not known.
+        after: expected after one update; None where that is not known.  In half precision it is the change to it from
+            ``loss`` that counts.
     """
     more = TWO_BIASES.get((peer, network), 0)
     if facts["parameters"] != parameters + more:
         return f"trains {facts['parameters']} numbers, expected {parameters + more}"
-    first, second = TOLERANCES[precision]
-    if not math.isclose(facts["losses"][0], loss, rel_tol=first):
-        return f"its first loss is {facts['losses'][0]:.6g}, expected {loss:.6g}"
-    room = second * abs(loss) + MOVED * abs(loss - after) if after is not None else 0.0
-    if after is not None and not more and not abs(facts["losses"][1] - after) <= room:
-        return f"its loss after one update is {facts['losses'][1]:.6g}, expected {after:.6g}"
-    return None
+    first, second = TOLERANCES.get(precision, (HALF_TOLERANCE, 0.0))
+    own, own_after = facts["losses"]
+    if not math.isclose(own, loss, rel_tol=first):
+        return f"its first loss is {own:.6g}, expected {loss:.6g}"
+    if after is None or (more and precision not in HALVES):
+        return None
+    if precision in HALVES:
+        # A second bias adds to the change, but less than there is room for.
+        good = abs((own_after - own) - (after - loss)) <= HALF_MOVED * abs(after - loss)
+    else:
+        good = abs(own_after - after) <= second * abs(loss) + MOVED * abs(loss - after)
+    return None if good else f"its loss after one update is {own_after:.6g}, expected {after:.6g}"
 
 
-def measure(
-    network: str, peers: list[str], rounds: int, options: argparse.Namespace, optimizer: str, console: Console
+@dataclass(frozen=True)
+class Started:
+    """A case whose peers are being built."""
+
+    case: Case
+    made: Prepared
+    folder: tempfile.TemporaryDirectory[str]
+    peers: dict[str, Future[Peer]]
+
+
+def start(case: Case, options: argparse.Namespace, pool: ThreadPoolExecutor) -> Started:
+    """Write a case's files, and let the pool build its peers."""
+    folder = tempfile.TemporaryDirectory()
+    made = prepare(Path(folder.name), case, options)
+    peers = {
+        name: pool.submit(Peer, name, made.task, options.patience, options.round_ms) for name in case.peers
+    }  # fmt: skip
+    return Started(case, made, folder, peers)
+
+
+def expected_after(
+    case: Case, loss: float, own: list[float] | None, results: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """The loss after one update: the first one and the change that zilc makes, in float32 if that was measured before.
+
+    Args:
+        loss: the first one, exactly.
+        own: zilc's losses in this case.
+    """
+    if case.precision not in HALVES:
+        return own[1] if own else None
+    for result in results:
+        same = [result[key] for key in ("network", "batch", "optimizer")] == [case.network, case.batch, case.optimizer]
+        if same and result["precision"] == "float32" and "losses" in result["peers"].get("zilc", {}):
+            own = result["peers"]["zilc"]["losses"]
+    return loss + own[1] - own[0] if own else None
+
+
+def finish(
+    started: Started, options: argparse.Namespace, console: Console, results: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """One network with one optimizer: every peer, round by round."""
+    """Check a case's peers, and time them round by round.
+
+    Args:
+        results: of the cases before it.
+    """
+    case, made = started.case, started.made
+    built = {name: future.result() for name, future in started.peers.items()}
+    started.folder.cleanup()
     running: list[Peer] = []
     failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        task, loss, parameters = prepare(Path(folder), network, options, optimizer)
-        after: float | None = None
-        for name in peers:
-            peer = Peer(name, task, options.patience)
-            reason = peer.facts.get("failed")
-            if reason is None:
-                reason = fault(
-                    name, network, peer.facts, loss=loss, after=after, parameters=parameters,
-                    precision=options.precision,
-                )  # fmt: skip
-            if reason is not None:
-                failed[name] = reason
-                console.print(f"{network}: {name} failed: {reason}", style="yellow", markup=False)
-                peer.close()
-                continue
-            if name == "zilc":
-                after = peer.facts["losses"][1]
-            running.append(peer)
+    own: list[float] | None = None
+    for name, peer in built.items():
+        reason = peer.facts.get("failed")
+        if reason is None:
+            after = expected_after(case, made.loss, own, results)
+            reason = fault(
+                name, case.network, peer.facts, loss=made.loss, after=after, parameters=made.parameters,
+                precision=case.precision,
+            )  # fmt: skip
+        if reason is not None:
+            failed[name] = reason
+            console.print(f"{case}: {name} failed: {reason}", style="yellow", markup=False)
+            peer.close()
+            continue
+        if name == "zilc":
+            own = peer.facts["losses"]
+        running.append(peer)
     for peer in running:
         peer.warm()
-    for count in range(rounds):
+    for count in range(case.rounds):
         turn = count % max(1, len(running))
         for peer in running[turn:] + running[:turn]:
             slow = peer.spent > options.seconds and len(peer.rounds) >= LEAST_ROUNDS
@@ -276,28 +423,110 @@ def measure(
     rng = np.random.default_rng(0)
     base = next((p for p in running if p.name == "zilc" and "failed" not in p.facts), None)
     entries: dict[str, Any] = {}
-    for name in peers:
+    for name, peer in built.items():
         if name in failed:
             entries[name] = {"failed": failed[name]}
             continue
-        peer = next(p for p in running if p.name == name)
-        if "failed" in peer.facts:
+        known = dict(peer.facts)
+        memory = None if "failed" in known else peer.end()
+        if memory is None:
             entries[name] = {"failed": peer.facts["failed"]}
             peer.close()
             continue
         low, mid, high = np.percentile(list(peer.rounds.values()), (0, 50, 100))
-        memory = peer.end()
         entry = {
             "ms": float(mid), "min": float(low), "max": float(high), "rounds": len(peer.rounds), **memory,
-            "growth_mib": memory["peak_mib"] - peer.facts["imported_mib"], **peer.facts,
+            "growth_mib": memory["peak_mib"] - known["imported_mib"], **known,
         }  # fmt: skip
         if base is not None and peer is not base:
             entry["zilc_ratio"] = ratio(base.rounds, peer.rounds, rng)
         entries[name] = entry
-    return {
-        "network": network, "batch": task.batch, "optimizer": optimizer, "parameters": parameters,
-        "loss": loss, "peers": entries,
-    }  # fmt: skip
+    work = {} if made.gflop is None else {"gflop": made.gflop}
+    return case.result(entries, parameters=made.parameters, loss=made.loss, **work)
+
+
+def measure(
+    network: str, peers: list[str], rounds: int, options: argparse.Namespace, optimizer: str, console: Console
+) -> dict[str, Any]:
+    """One network with one optimizer, in the first of the precisions and batches."""
+    batch = batches(network, options.batch)[0]
+    case = Case(network, batch, options.precision[0], optimizer, tuple(peers), rounds)
+    with ThreadPoolExecutor(options.builds) as pool:
+        return finish(start(case, options, pool), options, console)
+
+
+def batches(network: str, asked: Mapping[str, list[int]] | None) -> list[int]:
+    """A network's batches: those asked for by its name, else those asked for of all, else the usual one."""
+    asked = asked or {}
+    return asked.get(network) or asked.get("") or [BATCH.get(network, 20)]
+
+
+def plan(options: argparse.Namespace) -> list[Case]:
+    """What is to be measured, in that order.
+
+    For the memory zilc and PyTorch are measured with Adam too, each network once: time needs no figures there.
+    """
+    cases = []
+    for network in options.networks:
+        for index, batch in enumerate(batches(network, options.batch)):
+            for precision in options.precision:
+                peers = tuple(chosen(options, network, precision))
+                cases.append(Case(network, batch, precision, options.optimizer, peers, options.rounds))
+                pair = tuple(name for name in ("zilc", "torch") if name in peers)
+                first = index == 0 and precision == options.precision[0]
+                if first and options.optimizer == "sgd" and len(pair) == 2 and not options.no_adam:
+                    cases.append(Case(network, batch, precision, "adam", pair, min(options.rounds, LEAST_ROUNDS)))
+    return [case for case in cases if case.peers]
+
+
+def waves(cases: Sequence[Case], builds: int, alive: int) -> Iterator[list[Case]]:
+    """Cases whose peers are built together: one case where they are built one by one."""
+    wave: list[Case] = []
+    for case in cases:
+        full = sum(len(c.peers) for c in wave) + len(case.peers) > alive
+        if wave and (builds == 1 or full):
+            yield wave
+            wave = []
+        wave.append(case)
+    if wave:
+        yield wave
+
+
+def measure_all(
+    options: argparse.Namespace, console: Console, written: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Every case, wave by wave: first all peers of a wave are built, then one runs at a time.
+
+    A case that cannot be prepared, or whose measurement breaks down, is said to have failed; the rest goes on.
+
+    Args:
+        written: is told the results so far after each case.
+    """
+    results: list[dict[str, Any]] = []
+
+    def broken(case: Case, error: Exception) -> None:
+        console.print(f"{case}: {type(error).__name__}: {error}", style="yellow", markup=False)
+        results.append(case.result({name: {"failed": f"{type(error).__name__}: {error}"[:300]} for name in case.peers}))
+
+    with ThreadPoolExecutor(options.builds) as pool:
+        for wave in waves(plan(options), options.builds, options.alive):
+            started = []
+            for case in wave:
+                console.print(f"{case} …", style="dim", markup=False)
+                try:
+                    started.append(start(case, options, pool))
+                except Exception as error:
+                    broken(case, error)
+            for each in started:
+                for future in each.peers.values():
+                    future.exception()  # waits: nothing is built while others are timed
+            for each in started:
+                try:
+                    results.append(finish(each, options, console, results))
+                except Exception as error:
+                    broken(each.case, error)
+                written(results)
+    return results
 
 
 HEADER = [
@@ -309,8 +538,9 @@ HEADER = [
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
     """Rows for people; a peer that failed has the reason in place of its figures."""
     rows = []
+    several = len({result.get("precision") for result in results}) > 1
     for result in results:
-        network = result["network"] + ("" if result["optimizer"] == "sgd" else f", {result['optimizer']}")
+        network = bench_cuda.label(result) + (f", {result['precision']}" if several else "")
         for name, entry in result["peers"].items():
             start = [network, str(result["batch"]), name]
             if "failed" in entry:
@@ -325,12 +555,6 @@ def table(results: list[dict[str, Any]]) -> list[list[str]]:
                 ]
             )  # fmt: skip
     return rows
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
 
 
 def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -360,7 +584,7 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "zilc's figure over the peer's; a target counts as met only where all that it needs was measured.  Where the",
         "time of a step goes, kernel by kernel, and what was tried to shorten it: [PROFILE.md](PROFILE.md).",
         "",
-        *_grid(["target", "limit", "measured", ""], [verdict.row() for verdict in judge(results)]),
+        *_grid(["target", "limit", "measured", ""], [verdict.row() for verdict in judge(judged(results))]),
         "",
         "## Versions",
         "",
@@ -374,19 +598,22 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     ]
     for result in results:
         both = [result["peers"].get(n, {}).get("operators") for n in ("zilc", "zilc-bp")]
-        if all(both) and result["optimizer"] == "sgd":
+        if all(both) and result["optimizer"] == "sgd" and result in judged(results):
             rows = [[n, str(both[0].get(n, 0)), str(both[1].get(n, 0))] for n in sorted(set(both[0]) | set(both[1]))]
             rows.append(["all", str(sum(both[0].values())), str(sum(both[1].values()))])
             lines += [f"**{result['network']}**", "", *_grid(["operator", "Z-IL", "BP"], rows), ""]
     return "\n".join(lines)
 
 
-def chosen(options: argparse.Namespace, network: str) -> list[str]:
+def chosen(options: argparse.Namespace, network: str, precision: str) -> list[str]:
     """A network's peers: those asked for, else all that finish in reasonable time; zilc first, as the reference."""
     if options.peers:
         names = list(dict.fromkeys(options.peers))
-        return sorted(names, key=lambda name: name != "zilc")
-    return [p for p in PEERS if p != "zilc-literal" or network in LITERAL]
+    else:
+        left_out = CPU_ALONE if options.device == "cuda" else CUDA_ALONE
+        names = [p for p in PEERS if p not in left_out and (p != "zilc-literal" or network in LITERAL)]
+    names = [name for name in names if precision not in HALVES or name in MIXED]
+    return sorted(names, key=lambda name: name != "zilc")
 
 
 def _names(known: tuple[str, ...]) -> Any:
@@ -397,7 +624,7 @@ def _names(known: tuple[str, ...]) -> Any:
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise argparse.ArgumentTypeError(f"no {', '.join(unknown) or 'name'}; known are {', '.join(known)}")
-        return names
+        return list(dict.fromkeys(names))
 
     return parse
 
@@ -408,66 +635,168 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _batches(text: str) -> dict[str, list[int]]:
+    """``64``, or ``resnet18=20,resnet18=128,64``: batches by network; under the empty name those of all others."""
+    made: dict[str, list[int]] = {}
+    for part in text.split(","):
+        network, _, number = part.strip().rpartition("=")
+        if network and network not in KNOWN:
+            raise argparse.ArgumentTypeError(f"no {network}; known are {', '.join(KNOWN)}")
+        made.setdefault(network, []).append(_positive(number))
+    return made
+
+
+def _files(text: str) -> list[Path]:
+    return [Path(name) for name in text.split(",") if name]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = (*ALL, "mlp2", "mlp4")
-    parser.add_argument("--networks", type=_names(known), default=list(ALL), help=f"of {', '.join(known)}")
+    parser.add_argument("--networks", type=_names(KNOWN), default=list(ALL), help=f"of {', '.join(KNOWN)}")
     parser.add_argument(
-        "--peers", type=_names(PEERS), help=f"of {', '.join(PEERS)}; default: all, but zilc-literal on "
+        "--peers", type=_names(PEERS), help=f"of {', '.join(PEERS)}; default: all of the device, but zilc-literal on "
         f"{', '.join(LITERAL)} only",
     )  # fmt: skip
-    parser.add_argument("--batch", type=_positive, help="default: 20, with transformers 4")
+    parser.add_argument(
+        "--batch", type=_batches, metavar="N|NETWORK=N,…", help="a network may have several; default: 20, with "
+        "transformers 4",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=_positive, default=9)
+    parser.add_argument("--round-ms", type=float, help="length of a round; default: 400, on cuda 150")
     parser.add_argument("--seconds", type=float, default=60.0, help="a peer's rounds on a network, at least 3 rounds")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds without an answer: the peer is ended")
     parser.add_argument("--threads", type=_positive, default=os.cpu_count() or 1, help="of each peer, bound to as many")
-    parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
+    parser.add_argument(
+        "--builds", type=_positive, help="peers that are built at the same time; all are built before any is timed; "
+        f"default: 1, on cuda as many as processors, at most {BUILDS}",
+    )  # fmt: skip
+    parser.add_argument("--alive", type=_positive, default=ALIVE, help="with --builds, peers alive at the same time")
+    parser.add_argument(
+        "--no-gate", action="store_true", help="with --builds, let peers search for kernels while others run: quicker, "
+        "and they choose worse",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=_names(PRECISIONS), default=["float32"], metavar="NAME,…", help=f"of "
+        f"{', '.join(PRECISIONS)}; the last two are mixed with float32",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd")
     parser.add_argument("--no-adam", action="store_true", help="leave out the short run for memory with Adam")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json")
-    return parser.parse_args(arguments)
+    parser.add_argument("--json", type=Path, help="write the results here, after each network")
+    parser.add_argument("--from-json", type=_files, metavar="FILE,…", help="show the results of these runs, join them")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json, or for cuda "
+        "docs/BENCHMARKS_CUDA.md and docs/benchmarks_cuda.json",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    wrong = [name for name in options.peers or () if options.device == "cpu" and name in CUDA_ALONE]
+    if wrong:
+        parser.error(f"{', '.join(wrong)}: with --device cuda only")
+    options.round_ms = options.round_ms or ROUND_MS[options.device]
+    options.builds = options.builds or (1 if options.device == "cpu" else min(BUILDS, options.threads))
+    options.gate = "" if options.no_gate else str(Path(tempfile.gettempdir()) / f"bench-{os.getpid()}.gate")
+    return options
+
+
+def document(results: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """What is written as JSON; targets are for the CPU."""
+    data: dict[str, Any] = {"facts": facts, "results": results}
+    if facts["device"] == "cpu":
+        data["targets"] = [
+            {"target": v.target.name, "limit": v.target.limit, "measured": v.measured, "met": v.met}
+            for v in judge(judged(results))
+        ]
+    return data
+
+
+def judged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What targets are held against: each network with each optimizer in the first of its precisions and batches."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        first.setdefault((result["network"], result["optimizer"]), result)
+    return list(first.values())
+
+
+def joined(documents: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Results and facts of several runs on one machine; what was measured again stands as it was measured last.
+
+    Raises:
+        ValueError: they ran on different machines.
+    """
+    facts: dict[str, Any] = {}
+    results: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for data in documents:
+        own = data["facts"]
+        for key in ("device", "GPU", "machine"):
+            if facts and facts.get(key) != own.get(key):
+                raise ValueError(f"runs on different machines: {key} {facts.get(key)} and {own.get(key)}")
+        peaks = {**facts.get("peak_gflops", {}), **own.get("peak_gflops", {})}
+        named = f"{facts.get('precision', '')}, {own['precision']}".split(", ")
+        precisions = [name for name in PRECISIONS if name in named]
+        facts = {**facts, **own, "precision": ", ".join(precisions), **({"peak_gflops": peaks} if peaks else {})}
+        for result in data["results"]:
+            results[tuple(result.get(name) for name in ("network", "batch", "precision", "optimizer"))] = result
+    return list(results.values()), facts
+
+
+def report(data: dict[str, Any]) -> None:
+    """On the terminal."""
+    results, out = data["results"], Console(width=max(Console().width, 150))
+    if data["facts"]["device"] == "cuda":
+        _print(out, bench_cuda.HEADER, bench_cuda.table(results))
+        return
+    _print(out, HEADER, table(results))
+    _print(out, ["target", "limit", "measured", ""], [v.row() for v in judge(judged(results)) if v.met is not None])
+
+
+def write(data: dict[str, Any]) -> None:
+    """The page and its data."""
+    docs, gpu = ROOT / "docs", data["facts"]["device"] == "cuda"
+    docs.mkdir(exist_ok=True)
+    page = (bench_cuda.markdown if gpu else markdown)(data["results"], data["facts"])
+    (docs / ("BENCHMARKS_CUDA.md" if gpu else "BENCHMARKS.md")).write_text(page)
+    (docs / ("benchmarks_cuda.json" if gpu else "benchmarks.json")).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is asked for."""
+    if hasattr(os, "sched_setaffinity"):
+        # The workers inherit it: no runtime takes more processors than another, whatever it reads its number from.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    facts: dict[str, Any] = {
+        "date": date.today().isoformat(), "machine": f"{processor()}, {os.cpu_count()} cores", "device": options.device,
+        "threads": options.threads, "rounds": options.rounds, "precision": ", ".join(options.precision),
+    }  # fmt: skip
+    if options.device == "cuda":
+        # Several compile at a time: torch.compile's own pool of processes would be one a core for each of them.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, 2 * options.threads // options.builds)))
+        facts |= bench_cuda.device_facts(options.precision)
+
+    def written(results: list[dict[str, Any]]) -> None:
+        bench_cuda.add_shares(results, facts.get("peak_gflops", {}))
+        if options.json:
+            # In one go: who is stopped while writing keeps what was there.
+            part = options.json.with_name(options.json.name + ".part")
+            part.write_text(json.dumps(document(results, facts), indent=1))
+            part.replace(options.json)
+
+    results = measure_all(options, Console(stderr=True), written)
+    written(results)
+    return document(results, facts)
 
 
 def main() -> None:
     options = parse()
-    if hasattr(os, "sched_setaffinity"):
-        # The workers inherit it: no runtime takes more processors than another, whatever it reads its number from.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    console = Console(stderr=True)
-    results = []
-    for network in options.networks:
-        console.print(f"{network} …", style="dim")
-        peers = chosen(options, network)
-        results.append(measure(network, peers, options.rounds, options, options.optimizer, console))
-        pair: list[str] = [name for name in ("zilc", "torch") if name in peers]
-        if options.optimizer == "sgd" and len(pair) == 2 and not options.no_adam:
-            # For the memory: time needs no figures of its own here.
-            results.append(measure(network, pair, min(options.rounds, LEAST_ROUNDS), options, "adam", console))
-    facts: dict[str, Any] = {
-        "date": date.today().isoformat(), "machine": f"{processor()}, {os.cpu_count()} cores", "device": options.device,
-        "threads": options.threads, "rounds": options.rounds, "precision": options.precision,
-    }  # fmt: skip
-    verdicts = judge(results)
-    out = Console(width=max(Console().width, 150))
-    _print(out, HEADER, table(results))
-    _print(out, ["target", "limit", "measured", ""], [v.row() for v in verdicts if v.met is not None])
-    data = {
-        "facts": facts,
-        "results": results,
-        "targets": [
-            {"target": v.target.name, "limit": v.target.limit, "measured": v.measured, "met": v.met} for v in verdicts
-        ],
-    }
-    if options.json:
-        options.json.write_text(json.dumps(data, indent=1))
+    if options.from_json:
+        data = document(*joined([json.loads(path.read_text()) for path in options.from_json]))
+        if options.json:
+            options.json.write_text(json.dumps(data, indent=1))
+    else:
+        data = run(options)
+    report(data)
     if options.write:
-        docs = ROOT / "docs"
-        docs.mkdir(exist_ok=True)
-        (docs / "BENCHMARKS.md").write_text(markdown(results, facts))
-        (docs / "benchmarks.json").write_text(json.dumps(data, indent=1) + "\n")
+        write(data)
 
 
 def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
@@ -475,9 +804,10 @@ def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
     shown = Table(*header, box=None)
     reasons = []
     for row in rows:
-        if header is HEADER and not any(row[4:]):
-            reasons.append(f"{row[0]}, {row[2]}: {row[3]}")
-            row = [*row[:3], "failed", *row[4:]]
+        first = header.index("ms a step") if "ms a step" in header else len(header)
+        if first < len(header) and not any(row[first + 1 :]):
+            reasons.append(f"{', '.join(row[:first])}: {row[first]}")
+            row = [*row[:first], "failed", *row[first + 1 :]]
         shown.add_row(*row)
     console.print(shown)
     for reason in reasons:

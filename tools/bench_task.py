@@ -1,9 +1,11 @@
-"""What tools/bench.py and its workers share, in every environment: the task, and this process's memory."""
+"""What tools/bench.py and its workers share, in every environment: the task, its gate, and memory."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +17,8 @@ import numpy as np
 
 #: Of the labels in the feeds.
 TARGET = "target"
+#: Mixed precision: products in these, weights and updates in float32.
+HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,10 @@ class Task:
         parameters: names of the trained initializers; all others are constants.
         inputs, output: of the model; the output's last axis holds logits, the labels (int64) have its other axes.
         lr, optimizer: "sgd" or "adam" (betas 0.9 and 0.999, epsilon 1e-8).
-        precision: "float32" or "float64".
+        precision: "float32" or "float64", of everything; "float16" or "bfloat16", mixed with float32.
         device: "cpu" or "cuda".
         threads: of the peer, which is also bound to as many processors.
+        gate: file that peers lock for their first steps, see :meth:`alone`; empty where they are built one by one.
     """
 
     folder: Path
@@ -42,6 +47,24 @@ class Task:
     precision: str
     device: str
     threads: int
+    gate: str = ""
+
+    @property
+    def weights_precision(self) -> str:
+        """The dtype of weights, inputs and updates."""
+        return "float32" if self.precision in HALVES else self.precision
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other peer's first steps meanwhile: runtimes time kernels there to choose among them, on one device."""
+        if not self.gate:
+            yield
+            return
+        import fcntl
+
+        with Path(self.gate).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @property
     def model(self) -> Path:
@@ -126,3 +149,32 @@ def reset_peak() -> None:
     """Start the high-water mark anew, where Linux lets us; elsewhere it stays."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_mib() -> float | None:
+    """This process's memory on its GPU, the context's included; None where the driver does not tell.
+
+    In a container it often does not: it knows processes by numbers of the host.
+    """
+    with contextlib.suppress(Exception):  # no driver, no package, no right: nothing to report
+        nvml = _nvml()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index)):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return float(process.usedGpuMemory) / 2**20
+    return None
+
+
+def device_used_mib() -> float | None:
+    """What all processes together hold on the first GPU."""
+    with contextlib.suppress(Exception):
+        nvml = _nvml()
+        return float(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(0)).used) / 2**20
+    return None
+
+
+def _nvml() -> Any:
+    """The driver's interface, where there is one."""
+    nvml = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    return nvml

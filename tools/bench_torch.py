@@ -1,13 +1,15 @@
-"""PyTorch's peers in tools/bench.py: the paper's networks as people write them there, eager and compiled."""
+"""PyTorch's peers in tools/bench.py: the paper's networks as people write them: eager, compiled, in CUDA graphs."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
-from bench_task import TARGET, Made, Task
+from bench_task import HALVES, TARGET, Made, Task
 from torch import nn
 from torch.nn import functional
 
@@ -15,28 +17,54 @@ from torch.nn import functional
 def eager(task: Task, imported: Callable[[], None]) -> Made:
     """PyTorch as it is."""
     imported()
-    return _make(task, compiled=False)
+    return _make(task)
 
 
 def compiled(task: Task, imported: Callable[[], None]) -> Made:
     """The network through torch.compile; it brings half of its imports when it first compiles."""
     imported()
-    return _make(task, compiled=True)
+    return _make(task, compiled="default")
 
 
-def _make(task: Task, *, compiled: bool) -> Made:
-    """zero_grad, forward, loss, backward and the optimizer's step, the loss read back."""
+def graphs(task: Task, imported: Callable[[], None]) -> Made:
+    """torch.compile with CUDA graphs."""
+    imported()
+    return _make(task, compiled="reduce-overhead")
+
+
+def _make(task: Task, *, compiled: str = "") -> Made:
+    """zero_grad, forward, loss, backward and the optimizer's step, the loss read back.
+
+    Args:
+        compiled: a mode of torch.compile; empty for the network as it is.
+    """
     torch.set_num_threads(task.threads)
+    if task.device == "cuda":
+        # As the others: products in all of float32, and convolutions by the fastest kernel that a search finds.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
     net = build(task.network)
     weights = task.weights()
     load(task.network, net, weights)
-    net = net.to(task.device, getattr(torch, task.precision))
+    net = net.to(task.device, getattr(torch, task.weights_precision))
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[task.optimizer]
     optimizer = make(net.parameters(), task.lr)
     feeds = task.feeds()
     x = torch.from_numpy(feeds[task.inputs[0]]).to(task.device)
     y = torch.from_numpy(feeds[TARGET]).to(task.device)
-    forward = torch.compile(net) if compiled else net
+    forward = torch.compile(net, mode=compiled) if compiled else net
+    half = task.precision in HALVES
+    cast = partial(torch.autocast, task.device, dtype=getattr(torch, task.precision))
+    scaler = torch.amp.GradScaler(task.device, enabled=task.precision == "float16")
+
+    def mixed() -> float:
+        optimizer.zero_grad()
+        with cast():
+            loss = functional.cross_entropy(forward(x).flatten(0, -2), y.flatten())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
 
     def step() -> float:
         optimizer.zero_grad()
@@ -45,10 +73,19 @@ def _make(task: Task, *, compiled: bool) -> Made:
         optimizer.step()
         return loss.item()
 
+    convolutional = any(isinstance(module, nn.Conv2d) for module in net.modules())
+    if task.gate and (compiled == "default" or (compiled and not convolutional)):
+        # Compiled here, where the others are built too: only the search for convolutions' kernels waits its turn, and
+        # what is recorded in CUDA graphs must have searched before.
+        torch.backends.cudnn.benchmark = False
+        with cast() if half else contextlib.nullcontext():
+            functional.cross_entropy(forward(x).flatten(0, -2), y.flatten()).backward()
+        torch.backends.cudnn.benchmark = task.device == "cuda"
     facts: dict[str, object] = {}
     if task.network == "rnn":
         facts["note"] = "nn.RNN has two biases, each of which is trained"
-    return Made(step, sum(p.numel() for p in net.parameters()), {"torch": torch.__version__}, facts)
+    numbers = sum(p.numel() for p in net.parameters())
+    return Made(mixed if half else step, numbers, {"torch": torch.__version__}, facts)
 
 
 def load(name: str, net: nn.Module, weights: Mapping[str, np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import math
 import os
 import tempfile
@@ -10,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_task import Made, Task
+from bench_task import HALVES, Made, Task
+
+#: What the CUDA provider has kernels for, see docs/CUDA.md.
+CUDA_OPSET = 18
 
 
 def zil(task: Task, imported: Callable[[], None]) -> Made:
@@ -28,7 +32,16 @@ def literal(task: Task, imported: Callable[[], None]) -> Made:
     return _make(task, imported, {"algorithm": "zil", "schedule": "literal"})
 
 
-def _make(task: Task, imported: Callable[[], None], how: dict[str, Any]) -> Made:
+def plain(task: Task, imported: Callable[[], None]) -> Made:
+    """The wavefront schedule without CUDA graphs.
+
+    Raises:
+        ValueError: the trainer makes none.
+    """
+    return _make(task, imported, {"algorithm": "zil"}, cuda_graph=False)
+
+
+def _make(task: Task, imported: Callable[[], None], how: dict[str, Any], *, cuda_graph: bool = True) -> Made:
     """The training graph: loss, gradients and update, the loss read back."""
     import onnx
     import onnxruntime
@@ -38,11 +51,23 @@ def _make(task: Task, imported: Callable[[], None], how: dict[str, Any]) -> Made
 
     imported()
     _limit_threads(onnxruntime, task.threads)
+    half, gpu = task.precision in HALVES, task.device == "cuda"
+    how = {**how, **({"precision": task.precision} if half else {}), **({"opset": CUDA_OPSET} if gpu else {})}
+    options: dict[str, Any] = {}
+    if "cuda_graph" in inspect.signature(Trainer).parameters:
+        options["cuda_graph"] = cuda_graph
+    elif not cuda_graph:
+        raise ValueError("this zilc.Trainer uses no CUDA graphs")
     step = zilc.emit_training(str(task.model), loss="cross-entropy", optimizer=task.optimizer, **how)
-    trainer = Trainer(step, lr=task.lr, providers=choose_providers(task.device)[0])
+    trainer = Trainer(step, lr=task.lr, providers=choose_providers(task.device)[0], **options)
     feeds = task.feeds()
     versions = {"zilc": zilc.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    facts = {"operators": _operators(step.model), "provider": trainer.providers[0]}
+    facts: dict[str, Any] = {"provider": trainer.providers[0]}
+    wide = [note for note in step.report["notes"] if "stays in float32" in note]
+    if wide:
+        facts["note"] = "; ".join(wide)
+    if not half and cuda_graph:
+        facts["operators"] = _operators(step.model)
     dims = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
     numbers = sum(math.prod(dims[entry["name"]]) for entry in trainer.signature["parameters"])
     del step  # what it was made from is not needed to train
