@@ -38,7 +38,7 @@ from typing import Any
 import bench_cuda  # type: ignore[import-not-found]
 import numpy as np
 from bench_cuda import grid as _grid
-from bench_targets import ALL, judge
+from bench_targets import ALL, CONVOLUTIONAL, judge
 from bench_task import HALVES, TARGET, Task, device_used_mib
 from rich.console import Console
 from rich.table import Table
@@ -51,15 +51,15 @@ BATCH = {"transformer": 4, "decoder": 4}
 KNOWN = (*ALL, "mlp2", "mlp4")
 PRECISIONS = ("float32", "float64", *HALVES)
 PEERS = (
-    "zilc", "zilc-bp", "zilc-literal", "zilc-plain", "torch", "torch-compile", "torch-graphs", "ort-training",
-    "onnx-ad", "jax",
+    "zilc", "zilc-bp", "zilc-literal", "zilc-plain", "zilc-tuned", "torch", "torch-compile", "torch-graphs",
+    "ort-training", "onnx-ad", "jax",
 )  # fmt: skip
 #: Peers that use CUDA graphs, or leave them out where they are the rule: nothing on a CPU.
 CUDA_ALONE = ("zilc-plain", "torch-graphs")
 #: Not measured on a GPU unless asked for: they need environments of their own, and their dynamics minutes.
 CPU_ALONE = ("zilc-literal", "ort-training", "onnx-ad")
 #: Those that have mixed precision.
-MIXED = ("zilc", "zilc-bp", "zilc-plain", "torch", "torch-compile", "torch-graphs", "jax")
+MIXED = ("zilc", "zilc-bp", "zilc-plain", "zilc-tuned", "torch", "torch-compile", "torch-graphs", "jax")
 #: Environments of their own, by peer; the rest run in this one.
 ENVIRONMENTS = {"ort-training": ".venv-ort-training", "onnx-ad": ".venv-peers", "jax": ".venv-peers"}
 #: Literal dynamics run K forward and backward passes a step: minutes on the convolutional networks.
@@ -610,8 +610,9 @@ def chosen(options: argparse.Namespace, network: str, precision: str) -> list[st
     if options.peers:
         names = list(dict.fromkeys(options.peers))
     else:
-        left_out = CPU_ALONE if options.device == "cuda" else CUDA_ALONE
-        names = [p for p in PEERS if p not in left_out and (p != "zilc-literal" or network in LITERAL)]
+        left_out = CPU_ALONE if options.device == "cuda" else (*CUDA_ALONE, "zilc-tuned")
+        some = {"zilc-literal": LITERAL, "zilc-tuned": CONVOLUTIONAL}
+        names = [p for p in PEERS if p not in left_out and network in some.get(p, (network,))]
     names = [name for name in names if precision not in HALVES or name in MIXED]
     return sorted(names, key=lambda name: name != "zilc")
 

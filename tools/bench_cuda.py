@@ -21,8 +21,9 @@ peer to peer in one run, the whole step with loss and update, from the same weig
 back after each step; first losses are checked. Peers compute in equal precision: *float32* is all of float32, TF32
 off in each; *float16* and *bfloat16* are mixed, products in the narrow type, weights and updates in float32, with a
 loss scale for float16 alone (`torch.autocast` and `GradScaler`, zilc's `--precision`, casts and a fixed scale in
-JAX). PyTorch searches for the fastest kernels of convolutions (`cudnn.benchmark`), as ONNX Runtime and XLA do.
-*torch-graphs* is torch.compile with CUDA graphs (`reduce-overhead`), *zilc-plain* is zilc's trainer without them.
+JAX). PyTorch searches for the fastest kernels of convolutions (`cudnn.benchmark`), as XLA does; zilc's trainer takes
+what cuDNN's heuristics say. *torch-graphs* is torch.compile with CUDA graphs (`reduce-overhead`), *zilc-plain* is
+zilc's trainer without them, *zilc-tuned* is zilc with lowerings measured there (`--tune`).
 *GFLOP a step* are the multiplications and additions of convolutions and matrix products in the emitted BP graph, by
 its shapes: nominal work, the same for each peer. *Share of peak* is that work over the step's time, beside the rate
 of one product of 8192 x 8192 matrices in PyTorch in the same precision and run, which in float16 and bfloat16 is

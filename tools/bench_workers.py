@@ -27,6 +27,7 @@ PEERS: dict[str, tuple[str, str]] = {
     "zilc-bp": ("bench_zilc", "bp"),
     "zilc-literal": ("bench_zilc", "literal"),
     "zilc-plain": ("bench_zilc", "plain"),
+    "zilc-tuned": ("bench_zilc", "tuned"),
     "torch": ("bench_torch", "eager"),
     "torch-compile": ("bench_torch", "compiled"),
     "torch-graphs": ("bench_torch", "graphs"),

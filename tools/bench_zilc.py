@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import inspect
+import contextlib
 import math
 import os
 import tempfile
@@ -33,12 +33,13 @@ def literal(task: Task, imported: Callable[[], None]) -> Made:
 
 
 def plain(task: Task, imported: Callable[[], None]) -> Made:
-    """The wavefront schedule without CUDA graphs.
-
-    Raises:
-        ValueError: the trainer makes none.
-    """
+    """The wavefront schedule without CUDA graphs."""
     return _make(task, imported, {"algorithm": "zil"}, cuda_graph=False)
+
+
+def tuned(task: Task, imported: Callable[[], None]) -> Made:
+    """The wavefront schedule with lowerings measured on this machine."""
+    return _make(task, imported, {"algorithm": "zil", "tune": task.folder / "tuned.json"})
 
 
 def _make(task: Task, imported: Callable[[], None], how: dict[str, Any], *, cuda_graph: bool = True) -> Made:
@@ -52,21 +53,19 @@ def _make(task: Task, imported: Callable[[], None], how: dict[str, Any], *, cuda
     imported()
     _limit_threads(onnxruntime, task.threads)
     half, gpu = task.precision in HALVES, task.device == "cuda"
-    how = {**how, **({"precision": task.precision} if half else {}), **({"opset": CUDA_OPSET} if gpu else {})}
-    options: dict[str, Any] = {}
-    if "cuda_graph" in inspect.signature(Trainer).parameters:
-        options["cuda_graph"] = cuda_graph
-    elif not cuda_graph:
-        raise ValueError("this zilc.Trainer uses no CUDA graphs")
-    step = zilc.emit_training(str(task.model), loss="cross-entropy", optimizer=task.optimizer, **how)
-    trainer = Trainer(step, lr=task.lr, providers=choose_providers(task.device)[0], **options)
-    feeds = task.feeds()
+    how = {**how, **({"precision": task.precision} if half else {})}
+    if gpu:
+        how |= {"opset": CUDA_OPSET, "target": "cuda"}
+    with task.alone() if "tune" in how else contextlib.nullcontext():
+        step = zilc.emit_training(str(task.model), loss="cross-entropy", optimizer=task.optimizer, **how)
+    trainer = Trainer(step, lr=task.lr, providers=choose_providers(task.device)[0], cuda_graph=cuda_graph)
+    feeds = trainer.place(task.feeds())  # as every peer has its batch on the device
     versions = {"zilc": zilc.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    facts: dict[str, Any] = {"provider": trainer.providers[0]}
+    facts: dict[str, Any] = {"provider": trainer.providers[0], "lowerings": step.report["lowerings"]["taken"]}
     wide = [note for note in step.report["notes"] if "stays in float32" in note]
     if wide:
         facts["note"] = "; ".join(wide)
-    if not half and cuda_graph:
+    if not half and cuda_graph and not gpu:
         facts["operators"] = _operators(step.model)
     dims = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
     numbers = sum(math.prod(dims[entry["name"]]) for entry in trainer.signature["parameters"])

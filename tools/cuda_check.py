@@ -254,7 +254,7 @@ def examine(case: Any, symbolic: bool, providers: Providers) -> Verdict:
         return Verdict(str(case), case.op, case.opset, symbolic, status, note, seconds=seconds, **more)
 
     try:
-        model = rule_model(case, symbolic)
+        model = rule_model(case, symbolic, "cuda" if providers != [CPU] else "cpu")
     except Exception as error:  # a case that the rules' tests would find
         return verdict("fails", f"no graph: {first_line(error)}")
     try:

@@ -395,7 +395,7 @@ def rule_cases() -> Iterator[tuple[Any, bool]]:
                 yield case, symbolic
 
 
-def rule_model(case: Any, symbolic: bool) -> onnx.ModelProto:
+def rule_model(case: Any, symbolic: bool, target: str = "cuda") -> onnx.ModelProto:
     """The operator and the cotangents of its operands, in float32."""
     from zilc.testing import op_model, vjp_model
 
@@ -406,7 +406,7 @@ def rule_model(case: Any, symbolic: bool) -> onnx.ModelProto:
         case.op, inputs, case.attrs, opset=case.opset, outputs=case.outputs, constant=case.constant, symbolic=symbolic,
         executor=case.executor,
     )  # fmt: skip
-    return vjp_model(made, operands=case.operands)
+    return vjp_model(made, operands=case.operands, target=target)
 
 
 def examine_rule(model: onnx.ModelProto, kernels: Kernels) -> list[Found]:

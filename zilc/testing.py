@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import foreign, onnx_io
 from zilc.emit import Emitter
+from zilc.lowerings import Lowerings
 from zilc.vjp import inner, table
 
 
@@ -82,14 +83,16 @@ def _read(graph: onnx.GraphProto) -> set[str]:
     return found
 
 
-def vjp_model(model: onnx.ModelProto, *, operands: Sequence[int] | None = None) -> onnx.ModelProto:
+def vjp_model(
+    model: onnx.ModelProto, *, operands: Sequence[int] | None = None, target: str = "cpu"
+) -> onnx.ModelProto:
     """Add the VJP of every differentiable operand of a one-operator model.
 
     The result takes cotangents ``g0``, ``g1`` … (one a floating output) and gives ``d0``, ``d2`` … (one an operand).
     """
     graph = onnx_io.to_graph(model)
     graph.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    op = Emitter(graph)
+    op = Emitter(graph, lowerings=Lowerings(target))
     node = graph.nodes[0]
     rule = table.lookup(node, graph.opset)
     assert rule is not None, f"{node.op} has no rule"
