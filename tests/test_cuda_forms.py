@@ -153,6 +153,82 @@ def test_many_operands_of_concat(count: int) -> None:
     assert _run(op, made, array).tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("kind", ["float32", "int64", "bool"])
+@pytest.mark.parametrize("dims", [["N"], ["N", 3], ["N", "T", 2], [3, "N", 2]])
+def test_a_count_is_computed_from_the_elements(dims: list[Any], kind: str) -> None:
+    """Not from a Shape, which the CPU would compute; NaN and zero are elements like others."""
+    sizes = [{"N": 5, "T": 4}.get(n, n) for n in dims]
+    x = gs.Variable("x", np.dtype(kind), dims)
+    graph = gs.Graph(inputs=[x], opset=18)
+    graph.import_domains = [onnx.helper.make_opsetid("", 18)]
+    op = Emitter(graph, lowerings=Lowerings("cuda"))
+    made = op.count(x, np.float32)
+    assert not {"Shape", "Size"} & set(_operators(graph))
+    array = np.arange(np.prod(sizes)).reshape(sizes).astype(kind)
+    if kind == "float32":
+        array.flat[-1] = np.nan
+    assert _run(op, made, array) == np.prod(sizes)
+
+
+@pytest.mark.parametrize(
+    ("network", "loss"), [("mlp3", "cross-entropy"), ("mlp3", "mse"), ("transformer", "cross-entropy")]
+)
+def test_no_number_comes_from_a_shape_where_the_batch_is_open(network: str, loss: str) -> None:
+    """What onnxruntime computes on the CPU are shapes, read as such: else no update could be recorded."""
+    step = zilc.emit_training(models.build(network), loss=loss, target="cuda")
+    shapes: set[str] = set()
+    readers = set()
+    for node in step.model.graph.node:
+        if node.op_type in ("Shape", "Size"):
+            shapes.update(node.output)
+        elif shapes.intersection(node.input):
+            if shapes.issuperset(node.input[:1]):
+                shapes.update(node.output)
+            else:
+                readers.add((node.op_type, min(k for k, name in enumerate(node.input) if name in shapes)))
+    assert readers <= {("Reshape", 1), ("Expand", 1), ("Slice", 1), ("Pad", 1)}
+    numbers = [node for node in step.model.graph.node if node.op_type in ("Mul", "Div", "Sub", "Add")]
+    assert not [node.name for node in numbers if shapes.intersection(node.input)]
+
+
+def test_a_sum_over_nothing() -> None:
+    op, (x,) = _emitter("cuda", (0, 3))
+    made = op.ReduceSum(x, [0], keepdims=0)
+    assert _operators(op.graph) == ["ReduceSum", "Squeeze"]
+    assert (_run(op, made, np.zeros((0, 3), np.float32)) == np.zeros(3)).all()
+
+
+@pytest.mark.parametrize("pads", [[0, 1, 1, 2], [2, 0, 1, 0], [0, 0, 1, 1]])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pads_that_differ(stride: int, pads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image's gradient by a transposed convolution of equal pads, cut."""
+    rng = np.random.default_rng(0)
+    weight = onnx.numpy_helper.from_array(rng.standard_normal((3, 2, 3, 2), np.float32), "w")
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], strides=[stride] * 2, pads=pads)
+    out = [(8 + pads[k] + pads[2 + k] - kernel) // stride + 1 for k, kernel in enumerate((3, 2))]
+    graph = onnx.helper.make_graph(
+        [node], "convolution", [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 2, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3, *out])], [weight],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    feeds = {"x": rng.standard_normal((2, 2, 8, 8), np.float32), "target": np.zeros((2, 3, *out), np.float32)}
+
+    class Transposed(Lowerings):
+        def choose(self, op: Any, kind: str, site: str, operands: Any, candidates: Any) -> tuple[str, str]:
+            return "transpose" if "transpose" in candidates else next(iter(candidates)), "only"
+
+    monkeypatch.setattr("zilc.pipeline.Lowerings", Transposed)
+    found = []
+    for target in ("cpu", "cuda"):
+        step = zilc.emit_training(model, outputs="grad", wrt=["x"], target=target)  # type: ignore[arg-type]
+        (transposed,) = (n for n in step.model.graph.node if n.op_type == "ConvTranspose")
+        given = next(list(a.ints) for a in transposed.attribute if a.name == "pads")
+        assert (given[:2] == given[2:]) == (target == "cuda")
+        made = executor(step.model)({**feeds, **{n: np.asarray(v) for n, v in step.state.items()}})
+        found.append(made["x.grad"])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_is_compared_as_float32() -> None:
     op, (x,) = _emitter("cuda", (4,), dtype=ml_dtypes.bfloat16)
     op.Greater(x, 0.0)

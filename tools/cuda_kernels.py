@@ -356,7 +356,7 @@ def training(name: str, optimizer: str, *, opset: int = 18, **how: Any) -> onnx.
     from zilc import models
 
     return zilc.emit_training(
-        models.build(name, opset=opset), loss="cross-entropy", optimizer=optimizer, **how
+        models.build(name, opset=opset), loss="cross-entropy", optimizer=optimizer, target="cuda", **how
     ).model
 
 
@@ -366,6 +366,7 @@ def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for optimizer in OPTIMIZERS:
             yield name, optimizer, {}
             yield name, optimizer, {"precision": "float16"}
+        yield name, "sgd", {"precision": "bfloat16"}
     yield "resnet18", "sgd", {"mode": "train"}
     for opset in OPSETS[1:]:
         for name in ("mlp3", "rnn", "resnet18", "transformer", "decoder"):

@@ -5,8 +5,11 @@ What is measured in favour of each is in docs/BENCHMARKS_CUDA.md; which kernels 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from zilc.emit import Emitter
@@ -34,11 +37,32 @@ def reduce_sum(op: Emitter, x: Any, axes: Any = None, keepdims: int | None = Non
     if rank is None or not isinstance(axes, list):
         return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
     summed = sorted(axis % rank for axis in axes)
+    dims = op.dims(x)
+    if keepdims == 0 and dims is not None and 0 in [dims[axis] for axis in summed]:
+        # Over nothing there is a kernel for sums that keep the axis alone.
+        return op.Squeeze(op.plain("ReduceSum", x, axes, keepdims=1, **attrs), summed)
     kept = [axis for axis in range(rank) if axis not in summed]
     if not kept or kept[0] == 0 or kept[-1] == rank - 1 or len(kept) <= kept[-1] - kept[0]:
         return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
     trailing = op.plain("ReduceSum", x, list(range(kept[-1] + 1, rank)), keepdims=keepdims, **attrs)
     return op.plain("ReduceSum", trailing, list(range(kept[0])), keepdims=keepdims, **attrs)
+
+
+def count(op: Emitter, x: Any, dtype: Any) -> Any:
+    """How many elements ``x`` of known rank holds, as a number that was computed on the device.
+
+    onnxruntime computes what comes from a Shape or Size on the CPU.  Where it is not a shape but a number that enters
+    a product, it would be copied to the device in each run, and no run with a copy in it can be recorded.
+    """
+    sizes = {axis: int(n) for axis, n in enumerate(op.dims(x) or ()) if isinstance(n, (int, np.integer))}
+    known, size = list(sizes), math.prod(sizes.values())
+    if size == 0:
+        return op.constant(np.asarray(0, dtype))
+    if known:  # along the other axes alone
+        x = op.Slice(x, [0] * len(known), [1] * len(known), known)
+    some = op.cast(x, np.bool_)
+    ones = op.cast(op.Or(some, op.Not(some)), np.float32)
+    return op.cast(op.Mul(op.ReduceSum(ones, keepdims=0), float(size)), dtype)
 
 
 def _compared(name: str) -> Callable[..., Any]:

@@ -315,6 +315,8 @@ class Emitter:
         known = self.static(x)
         if known is not None:
             return self.constant(np.asarray(np.prod(known, dtype=np.int64), dtype))
+        if self.lowerings.target == "cuda" and not np.issubdtype(dtype, np.integer) and self.rank(x) is not None:
+            return cuda_forms.count(self, x, dtype)
         return self.cast(self._size(x, 0), dtype)
 
     def size_of(self, x: gs.Tensor) -> gs.Tensor:

@@ -296,7 +296,15 @@ def image_by_transpose(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Ten
                 window.image, begin, end, window.map, window.strides, window.extent, strict=True
             )
         ]
-        return op.ConvTranspose(map_, w, pads=[*begin, *end], output_padding=left if any(left) else None, **attrs)
+        if op.lowerings.target != "cuda" or begin == end:
+            return op.ConvTranspose(map_, w, pads=[*begin, *end], output_padding=left if any(left) else None, **attrs)
+        # The CUDA provider has no kernel for pads that differ: the lesser on both sides, and what is left is cut.
+        least = [min(a, b) for a, b in zip(begin, end, strict=True)]
+        full = op.ConvTranspose(map_, w, pads=[*least, *least], output_padding=left if any(left) else None, **attrs)
+        start = [a - p for a, p in zip(begin, least, strict=True)]
+        stop = [a + x for a, x in zip(start, window.image, strict=True)]
+        got = [x + a + b - 2 * p for x, a, b, p in zip(window.image, begin, end, least, strict=True)]
+        return block(op, full, start, stop, window.spatial, got)
     full = op.ConvTranspose(map_, w, **attrs)
     # The image may reach up to s - 1 elements beyond the last position of the kernel.
     full = zero_pad(op, full, [0] * window.rank, [s - 1 for s in window.strides], window.spatial)
