@@ -5,7 +5,7 @@ JOBS ?= 2
 PIP = -m pip install --quiet --disable-pip-version-check
 NEEDS = pyproject.toml tests/constraints.txt
 
-.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute profile cuda-kernels figures browser vendor clean
+.PHONY: demo test exam rivals zoo lint bench paper lowerings scale recompute profile cuda cuda-kernels figures browser vendor clean
 
 demo: .venv/demo.stamp
 	.venv/bin/zilc demo
@@ -34,6 +34,13 @@ paper: .venv/test.stamp
 # What each lowering of a gradient costs, fitted to measurements: zilc/lowerings.json and docs/LOWERINGS.md.
 lowerings: .venv/test.stamp
 	.venv/bin/python tools/fit_lowerings.py --write
+
+# All that wants a GPU: costs of lowerings, exactness of networks and rules, times beside PyTorch; writes their pages.
+cuda: .venv/cuda.stamp
+	.venv/bin/python tools/fit_lowerings.py --device cuda --dtype float32,float16 --write
+	.venv/bin/python tools/cuda_networks.py --write
+	.venv/bin/python tools/cuda_check.py --write
+	.venv/bin/python tools/bench.py --device cuda --precision float32,float16,bfloat16 --write
 
 # What ONNX Runtime's CUDA provider has kernels for, by its document; needs no GPU.
 cuda-kernels: .venv/test.stamp
@@ -73,6 +80,10 @@ zoo: .venv/test.stamp
 .venv/test.stamp: $(NEEDS) | .venv/bin/python
 	.venv/bin/python $(PIP) -c tests/constraints.txt -e '.[test,demo]'
 	touch $@ .venv/demo.stamp
+
+.venv/cuda.stamp: .venv/test.stamp
+	.venv/bin/python $(PIP) -c tests/constraints.txt -e '.[test,cuda]' nvidia-ml-py
+	touch $@
 
 .venv-lint/bin/python:
 	$(PYTHON) -m venv .venv-lint

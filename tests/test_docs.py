@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import figures, paper_tables
+from tools import cuda_check, cuda_networks, figures, fit_lowerings, paper_tables
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ZIL = (DOCS / "ZIL.md").read_text("utf-8")
@@ -92,3 +92,24 @@ def test_the_researchers_example(tmp_path: Path) -> None:
         assert not trace["error"][before & (trace["levels"] > 0)].any()  # zero until the wave arrives
     with np.load(tmp_path / "mine.il.npz") as trace:
         assert len(trace["movement"]) == 18
+
+
+def test_pages_of_what_was_run_on_a_gpu_are_what_was_measured() -> None:
+    checked = json.loads(cuda_check.JSON.read_text("utf-8"))
+    assert cuda_check.markdown(checked) == cuda_check.MARKDOWN.read_text("utf-8")
+    networks = json.loads(cuda_networks.JSON.read_text("utf-8"))
+    assert cuda_networks.markdown(networks) == cuda_networks.MARKDOWN.read_text("utf-8")
+    for row in networks["rows"]:
+        # Where bits differ, they do when Z-IL is run again, too.
+        assert row["bp"] == row["again"]
+        assert row["cpu off"] < 2 * row["resolution"]
+
+
+def test_costs_of_a_gpu_are_fitted_to_the_measurements_that_are_kept() -> None:
+    made = json.loads(fit_lowerings.DATA["cuda"].read_text("utf-8"))
+    known = json.loads(fit_lowerings.COSTS.read_text("utf-8"))
+    for target, one in made.items():
+        costs, one["quality"] = fit_lowerings.judged(one["found"])
+        assert costs == known["costs"][target]
+        assert known["facts"][target] == one["facts"]
+    assert fit_lowerings.page(made) == fit_lowerings.PAGES["cuda"].read_text("utf-8")

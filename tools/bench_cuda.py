@@ -93,12 +93,12 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def markdown(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """docs/BENCHMARKS_CUDA.md."""
     versions: dict[str, dict[str, str]] = {}
-    notes: dict[str, None] = {}
+    notes: dict[str, dict[str, None]] = {}
     for result in results:
         for name, entry in result["peers"].items():
             versions.setdefault(name, {}).update(entry.get("versions", {}))
             if "note" in entry:
-                notes[f"{label(result)}, {result['precision']}, {name}: {entry['note']}"] = None
+                notes.setdefault(f"{result['network']}: {entry['note']}", {})[name] = None
     peaks = [f"{rate / 1e3:.1f} TFLOP/s in {name}" for name, rate in facts.get("peak_gflops", {}).items()]
     lines = [
         "# Benchmarks on a GPU",
@@ -110,7 +110,7 @@ def markdown(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
         *([f"The large product: {', '.join(peaks)}.", ""] if peaks else []),
         *grid(HEADER, table(results)),
         "",
-        *(f"{note}.\n" for note in notes),
+        *(f"{note} ({', '.join(peers)}).\n" for note, peers in notes.items()),
         "## zilc beside each peer",
         "",
         "zilc's time over the peer's with SGD, so that less than 1 is faster: geometric mean, least and most.",

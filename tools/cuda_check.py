@@ -434,7 +434,8 @@ def environment(device: str) -> dict[str, str]:
             told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
             found["GPU"], _, found["driver"] = told.splitlines()[0].partition(", ")
     found["Python"] = platform.python_version()
-    for package in ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "torch"):
+    found["onnxruntime"] = import_onnxruntime().__version__
+    for package in ("onnx", "numpy", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
@@ -476,6 +477,8 @@ def summary(made: Mapping[str, Any]) -> dict[str, Any]:
         "stopped": made["stopped"],
         "seconds": made["seconds"],
         "all": rule_row(verdicts),
+        # An output of the operator itself comes first in a note.
+        "own differ": sum(v.status == "differs" and v.note.startswith("y") for v in verdicts),
         "rules": {op: rule_row(by_rule[op]) for op in sorted(by_rule)},
         "wrong": [[v.case, v.opset, "symbolic" if v.symbolic else "static", v.status, v.note] for v in bad],
     }
@@ -493,6 +496,8 @@ the graph without fusing nodes. A difference is the largest of an output, as a s
 the CPU has in it; {tolerances} pass, and integers and truth values must be equal."""
 PLACES = """*on CPU*: cases of those that ran in which the session gave nodes to the CPU provider that read more than
 shapes and constants: nodes that zilc emitted, or the case's own operator. {host}"""
+
+OWN = "In {own} of the {differ} cases that differ, an output of the operator itself does, which zilc did not emit."
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
@@ -529,6 +534,7 @@ def markdown(made: Mapping[str, Any]) -> str:
         *([f"Stopped by {made['stopped']}: {left} of {made['cases']} cases were not reached.", ""] if left else []),
         *(f"- **{status}**: {what}." for status, what in MEANING.items()), "",
         textwrap.fill(PLACES.format(host=host), 110), "",
+        *([OWN.format(own=made["own differ"], differ=whole["differs"]), ""] if whole["differs"] else []),
         ", ".join(f"{key} {value}" if key != "date" else value for key, value in made["facts"].items()) + ".", "",
         *_grid(
             HEADER, [cells("**all**", whole), *(cells(op, row) for op, row in rules.items())],

@@ -78,6 +78,20 @@ def change_error(before: Mapping[str, Any], truth: Mapping[str, Any], found: Map
     return max(errors, default=0.0)
 
 
+def resolution(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """The least difference that a parameter can show, as a share of its largest update: one unit in the last place.
+
+    A first update may be a hundred thousandth of the weight that it is added to, which then holds two digits of it.
+    """
+    shares = []
+    for name, start in before.items():
+        start, end = np.asarray(start), np.asarray(after[name])
+        moved = np.abs(end.astype(np.float64) - start.astype(np.float64)).max(initial=0.0)
+        if moved > 0:
+            shares.append(float(np.spacing(np.abs(start).max(initial=0.0)) / moved))
+    return max(shares, default=0.0)
+
+
 def placed(step: Any, providers: Any) -> dict[str, dict[str, int]]:
     """Operators by the provider that runs them, after onnxruntime's optimisation."""
     import onnxruntime
@@ -115,12 +129,13 @@ def examine(network: str, providers: Any) -> dict[str, Any]:
     del bp
     cpu, _ = updated(step, feeds, ["CPUExecutionProvider"])
     found["cpu off"] = change_error(step.state, cpu[0], first[0])
+    found["resolution"] = resolution(step.state, cpu[0])
     return found
 
 
 HEADER = [
     "network", "batch", "nodes on CUDA", "on the CPU", "recorded", "state in place", "Z-IL = BP", "Z-IL = Z-IL again",
-    "= without CUDA graphs", "Z-IL off BP", "off the CPU",
+    "= without CUDA graphs", "Z-IL off BP", "off the CPU", "resolution",
 ]  # fmt: skip
 
 READING = """Made by `tools/cuda_networks.py`: training steps (SGD, cross-entropy, float32, TF32 off, opset {opset},
@@ -128,8 +143,9 @@ target cuda) on ONNX Runtime's CUDA provider. *Recorded*: whether an update is r
 how much of the state is written over itself. The next three columns compare all parameters after each of {updates}
 updates, bit by bit. Z-IL and BP are the same graph, node by node, so where their bits differ, so do those of Z-IL run
 twice: the provider then has kernels that add in the order in which threads arrive (sums over many rows, scattered sums,
-some of cuDNN's gradients of images). *Off*: the largest difference of a first update, as a share of that parameter's
-largest."""
+some of cuDNN's gradients of images). *Off*: the largest difference of a first update, taken from the parameters before
+and after it, as a share of that parameter's largest; *resolution* is the least difference that float32 parameters can
+show in this way, for one unit in the last place of the largest weight, where it is the most."""
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -139,7 +155,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["network"], str(row["batch"]), str(counts.get("CUDAExecutionProvider", 0)),
         str(counts.get("CPUExecutionProvider", 0)), "yes" if row["recorded"] else "no",
-        f"{row['in place']} of {row['state']}", *bits, f"{row['bp off']:.1e}", f"{row['cpu off']:.1e}",
+        f"{row['in place']} of {row['state']}", *bits,
+        *(f"{row[key]:.1e}" for key in ("bp off", "cpu off", "resolution")),
     ]  # fmt: skip
 
 
@@ -173,6 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = Console(stderr=True, highlight=False)
     if options.from_json:
         made = json.loads(options.from_json.read_text(encoding="utf-8"))
+        for row in made["rows"]:
+            if "resolution" not in row:  # it depends on the network alone
+                step, feeds = emitted(row["network"])
+                row["resolution"] = resolution(step.state, updated(step, feeds, ["CPUExecutionProvider"])[0][0])
     else:
         with contextlib.suppress(ImportError):
             importlib.import_module("torch")  # onnxruntime then finds the CUDA libraries that came with it

@@ -5,7 +5,7 @@ work, each times what an item costs.  This tool measures every candidate on laye
 onnxruntime, on a CPU or a GPU, fits costs by non-negative least squares of relative errors (scipy), and says how much
 the choice loses against the fastest candidate of every site: on the sites themselves, and on sites left out of the fit.
 ``--write`` puts the costs into zilc/lowerings.json and the measurements into docs/LOWERINGS.md, those of a GPU into
-docs/LOWERINGS_CUDA.md.  What ``--json`` keeps, ``--refit`` fits again, on any machine.
+docs/LOWERINGS_CUDA.md, with the measurements beside it, which ``--refit --json FILE`` fits again on any machine.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Where the costs lie that zilc reads.
 COSTS = ROOT / "zilc" / "lowerings.json"
 PAGES = {"cpu": ROOT / "docs" / "LOWERINGS.md", "cuda": ROOT / "docs" / "LOWERINGS_CUDA.md"}
+#: The measurements, to fit again from.
+DATA = {"cpu": ROOT / "docs" / "lowerings_cpu.json", "cuda": ROOT / "docs" / "lowerings_cuda.json"}
 
 #: (channels, filters, groups, kernel, stride, dilation, size): layers of AlexNet, VGG, ResNet18 and 50, ResNeXt,
 #: MobileNetV2, EfficientNet, ConvNeXt, DeepLab and the MNIST examples; in one dimension, of speech models.
@@ -319,6 +321,7 @@ def main() -> None:
             made[name] = measured(options, dtype, console)
             if options.json:
                 options.json.write_text(json.dumps(made, indent=1) + "\n")
+    measurements = json.dumps(made, separators=(",", ":")) + "\n"
     known = json.loads(COSTS.read_text())
     for target, one in made.items():
         known["costs"][target], one["quality"] = judged(one["found"])
@@ -326,7 +329,9 @@ def main() -> None:
     text = page(made)
     if options.write:
         COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        PAGES["cuda" if "cuda" in made else "cpu"].write_text(text)
+        device = "cuda" if "cuda" in made else "cpu"
+        PAGES[device].write_text(text)
+        DATA[device].write_text(measurements)
     else:
         print(text)
 
