@@ -10,7 +10,7 @@ import pytest
 import zilc
 from zilc import models, runtime
 from zilc.bindings import RECORDED, Placed
-from zilc.session import TrainingSession, make_session, make_training_session
+from zilc.session import Buffer, TrainingSession, make_session, make_training_session
 
 CPU = ["CPUExecutionProvider"]
 HIDDEN = 8
@@ -142,33 +142,61 @@ def test_a_batch_on_the_device(model: Any) -> None:
     assert [trainer.step(placed) for _ in range(3)] == [plain.step(feeds) for _ in range(3)]
 
 
-def test_a_placed_batch_is_copied_once(model: Any) -> None:
-    """As on CUDA, where a recorded run reads the same memory whatever it is fed."""
+def _device(trainer: zilc.Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a trainer on the CPU copy its inputs as to a device; gives the sizes that were copied there."""
+    trainer._bindings.on_host = False
+    copied: list[int] = []
+    write = Buffer.write
+
+    def counted(self: Buffer, array: np.ndarray) -> None:
+        copied.append(array.size)
+        write(self, array)
+
+    monkeypatch.setattr(Buffer, "write", counted)
+    return copied
+
+
+def test_a_placed_batch_is_copied_there_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     step = zilc.emit_training(model, loss="cross-entropy")
-    one, two = _feeds(model, 4, 0), _feeds(model, 4, 1)
+    batches = [_feeds(model, 4, 0), _feeds(model, 4, 1), _feeds(model, 3, 2)]
+    order = [0, 0, 1, 2, 1, 1, 0, 2]
     plain, trainer = (zilc.Trainer(step, lr=0.1, providers=CPU) for _ in range(2))
-    copies: list[str] = []
+    losses = [plain.step(batches[k]) for k in order]
+    copied = _device(trainer, monkeypatch)
+    placed = [trainer.place(feeds) for feeds in batches]
+    assert all(isinstance(one, Placed) for one in placed)
+    del copied[:]
+    assert [trainer.step(placed[k]) for k in order] == losses
+    assert [size for size in copied if size > 1] == []  # the loss alone
+    # What is not placed is copied in between, and what was placed is there again after it.
+    assert trainer.step(batches[0]) == plain.step(batches[0])
+    assert trainer.step(placed[2]) == plain.step(batches[2])
+    assert trainer.step(placed[0]) == plain.step(batches[0])
 
-    class Memory:
-        def __init__(self, name: str, array: np.ndarray) -> None:
-            self.name, self.array = name, array
 
-    bindings = trainer._bindings
+def test_a_placed_batch_is_what_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays that are changed after they were placed, or after a step, change nothing."""
+    step = zilc.emit_training(model, loss="cross-entropy")
+    feeds, other = _feeds(model, 4, 0), _feeds(model, 4, 1)
+    plain, trainer = (zilc.Trainer(step, lr=0.1, providers=CPU) for _ in range(2))
+    losses = [plain.step(feeds), plain.step(other), plain.step(feeds)]
+    _device(trainer, monkeypatch)
+    given = {name: array.copy() for name, array in feeds.items()}
+    placed = trainer.place(given)
+    given["x" if "x" in given else next(iter(given))][...] = 0
+    assert [trainer.step(placed), trainer.step(other), trainer.step(placed)] == losses
 
-    def feed(side: int, arrays: Any, placed: Placed | None = None) -> None:
-        """Bindings.feed on a device, whose memory is arrays here."""
-        now = bindings._bound
-        assert placed is not None
-        if placed is not now.placed:
-            for name, memory in placed.values.items():
-                copies.append(name)
-                now.feeds[name].write(memory.array)
-                for binding in now.bindings:
-                    binding.bind_ortvalue_input(name, now.feeds[name].value)
-            now.placed = placed
 
-    bindings.feed = feed  # type: ignore[method-assign]
-    batches = [Placed({n: Memory(n, a) for n, a in feeds.items()}, feeds) for feeds in (one, two)]
-    order = [0, 0, 1, 1, 0]
-    assert [trainer.step(batches[k]) for k in order] == [plain.step((one, two)[k]) for k in order]
-    assert len(copies) == 3 * len(one)
+@pytest.mark.parametrize("over", [False, True], ids=["two sets", "over itself"])
+def test_fit_copies_ahead(model: Any, monkeypatch: pytest.MonkeyPatch, over: bool) -> None:
+    """Losses and state are those of a loop on the CPU, with a short last batch, and recorded runs."""
+    step = zilc.emit_training(model, loss="cross-entropy", optimizer="adam")
+    data = _feeds(model, 31, 0)
+    plain = zilc.Trainer(step, lr=0.05, providers=CPU)
+    expected = plain.fit(data, epochs=3, batch_size=4, val=data)
+    _recording(monkeypatch, over=over)
+    trainer = zilc.Trainer(step, lr=0.05, providers=CPU)
+    _device(trainer, monkeypatch)
+    found = trainer.fit(data, epochs=3, batch_size=4, val=data)
+    assert [{**e, "seconds": 0} for e in found] == [{**e, "seconds": 0} for e in expected]
+    assert _same(trainer.state, plain.state)

@@ -85,7 +85,9 @@ class Bindings:
         self._loss, self._others, self._device = loss, others, device
         self._kept: dict[tuple[tuple[int, ...], ...], Bound] = {}
         self._numbered = 0
-        #: Nothing else may be allocated on the device while a run is recorded.
+        #: Whether the device is the host itself, which reads inputs where they are.
+        self.on_host = device[0] == "cpu"
+        #: Nothing else may be allocated on the device, or copied to it, while a run is recorded.
         self.recording = threading.Lock()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._now: Bound | None = None
@@ -97,10 +99,10 @@ class Bindings:
         made = Bound([self._binding(0)] * 2 if alike else [self._binding(side) for side in (0, 1)])
         if self._opened.captures:
             made.options = [self._named()] * 2 if alike else [self._named() for _ in (0, 1)]
-        for name, array in arrays.items():
-            made.feeds[name] = Buffer(array.shape, array.dtype, self._device)
+        made.feeds = self.buffers(arrays)
+        for name, buffer in made.feeds.items():
             for binding in made.bindings:
-                binding.bind_ortvalue_input(name, made.feeds[name].value)
+                binding.bind_ortvalue_input(name, buffer.value)
         return made
 
     def _binding(self, side: int) -> Any:
@@ -140,7 +142,7 @@ class Bindings:
             self.turn(arrays)
         now = self._bound
         binding = now.bindings[side]
-        if self._device[0] == "cpu":
+        if self.on_host:
             # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
             for name, array in arrays.items():
                 if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
@@ -156,6 +158,23 @@ class Bindings:
             for name, value in placed.values.items():
                 now.feeds[name].value.update_inplace(value)
             now.placed = placed
+
+    def place(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, Buffer] | None = None) -> Placed:
+        """A batch on the device.
+
+        Args:
+            buffers: where; by default in memory of its own.
+        """
+        with self.recording:
+            if buffers is None:
+                buffers = self.buffers(arrays)
+            for name, array in arrays.items():
+                buffers[name].write(array)
+        return Placed({name: buffer.value for name, buffer in buffers.items()}, arrays)
+
+    def buffers(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Buffer]:
+        """Memory on the device for a batch like this."""
+        return {name: Buffer(array.shape, array.dtype, self._device) for name, array in arrays.items()}
 
     def run(self, session: Any, side: int) -> Any:
         """Run; gives the binding, which holds the outputs.

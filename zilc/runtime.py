@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from zilc.trained import Ties, export_trained, without_values
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
 
 
+Feeds = Mapping[str, np.ndarray]
 #: In place of the loss, where no run has written it.
 _NOT_RUN = np.asarray(math.nan)
 
@@ -332,15 +333,24 @@ class Trainer:
             DataError: as :meth:`step`.
         """
         arrays = self._checked(feeds)
-        if self._device[0] == "cpu":
-            return arrays
-        values = {}
-        with self._bindings.recording:
-            for name, array in arrays.items():
-                buffer = Buffer(array.shape, array.dtype, self._device)
-                buffer.write(array)
-                values[name] = buffer.value
-        return Placed(values, arrays)
+        return arrays if self._bindings.on_host else self._bindings.place(arrays)
+
+    def _placed(self, batches: Iterable[tuple[int, Feeds]]) -> Iterator[tuple[int, Feeds, Feeds | Placed]]:
+        """Batches, and what to feed of each: on a device a copy there, made while the batch before is in use.
+
+        The copies of one shape lie in two sets of buffers in turns, which costs less than memory of their own.
+        """
+        if self._bindings.on_host:
+            yield from ((count, feeds, feeds) for count, feeds in batches)
+            return
+        kept: dict[tuple[tuple[int, ...], ...], list[dict[str, Buffer]]] = {}
+        for count, feeds in batches:
+            arrays = self._checked(feeds)
+            key = tuple(array.shape for _, array in sorted(arrays.items()))
+            with self._bindings.recording:
+                sets = kept.setdefault(key, []) or [self._bindings.buffers(arrays) for _ in (0, 1)]
+            kept[key] = sets[::-1]
+            yield count, feeds, self._bindings.place(arrays, sets[0])
 
     def _feed(self, feeds: Mapping[str, Any] | Placed) -> tuple[Mapping[str, np.ndarray], Placed | None]:
         """A batch to where the next run reads it; new bindings where a shape is not that of the step before."""
@@ -436,12 +446,8 @@ class Trainer:
             begun = time.perf_counter()
             order = np.random.default_rng([seed, epoch]).permutation(train.count) if shuffle else None
             meter = Meter(self.signature)
-            on_cpu = self._device[0] == "cpu"
-            cut: Iterator[tuple[int, Any, Any]] = (
-                (count, feeds, feeds if on_cpu else self.place(feeds))
-                for count, feeds in train.batches(batch_size, order)
-            )
-            if not on_cpu or train.batch_bytes(batch_size) >= PREFETCHED:
+            cut = self._placed(train.batches(batch_size, order))
+            if not self._bindings.on_host or train.batch_bytes(batch_size) >= PREFETCHED:
                 cut = prefetched(cut)
             for batch, (count, feeds, placed) in enumerate(cut, 1):
                 loss = self.step(placed)
