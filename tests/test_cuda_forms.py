@@ -248,3 +248,11 @@ def test_the_command_takes_a_target(tmp_path: Path) -> None:
     done = spawn("emit-training", str(tmp_path / "m.onnx"), "--target", "abacus")
     assert done.returncode != 0
     assert "abacus" in done.stderr
+
+
+def test_a_later_opset_is_noted() -> None:
+    for opset in (18, 21):
+        step = zilc.emit_training(models.build("mlp2", opset=opset), target="cuda")
+        notes = [cuda_forms.newer_opset(opset)] if opset > 18 else []
+        assert step.report["notes"] == notes
+    assert not zilc.emit_training(models.build("mlp2", opset=21)).report["notes"]

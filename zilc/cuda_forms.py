@@ -14,9 +14,19 @@ import numpy as np
 if TYPE_CHECKING:
     from zilc.emit import Emitter
 
+#: The last opset whose operators, as far as rules emit them, have kernels in the version that it has them.
+OPSET = 18
 #: More operands' addresses than this do not travel with a launch: they are copied to the device, which cannot be
 #: recorded as part of a CUDA graph.
 OPERANDS = 32
+
+
+def newer_opset(opset: int) -> str:
+    """What to know of a graph in a later opset."""
+    return (
+        f"opset {opset}: ONNX Runtime's CUDA provider lacks kernels for some operators of versions after {OPSET}; what "
+        f"has none runs on the CPU, and updates are then not recorded as CUDA graphs. Try --opset {OPSET}."
+    )
 
 
 def concat(op: Emitter, *parts: Any, axis: int, **attrs: Any) -> Any:

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import zilc.vjp  # noqa: F401  (fills the table)
-from zilc import collector, onnx_io, optimizers, scaling
+from zilc import collector, cuda_forms, onnx_io, optimizers, scaling
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
@@ -385,6 +385,8 @@ def emit_training(
         for n in chosen.parameters
     ]  # fmt: skip
     report["lowerings"] = lowerings.data()
+    if target == "cuda" and graph.opset > cuda_forms.OPSET:
+        report["notes"].append(cuda_forms.newer_opset(graph.opset))
     report["losses"] = losses
     report["straight_through"] = found.straight
     report["optimizer"] = {"name": chosen_optimizer.name, **chosen_optimizer.options} if outputs != "grad" else None

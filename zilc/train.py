@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from zilc import onnx_io
+from zilc import cuda_forms, onnx_io
 from zilc.data import DataSource, examples, fed, names_in, specs
 from zilc.errors import DataError, FileError, OptionError
 from zilc.onnx_io import ModelSource, Source
@@ -93,9 +93,12 @@ def train(
     train_set = examples(expected, data, batch_size)
     val_set = examples(expected, val, batch_size) if val is not None else None
     trainer = Trainer(step, lr=lr, providers=providers, seed=seed)
+    opset = next(o.version for o in step.model.opset_import if o.domain in ("", "ai.onnx"))
     report, before = step.report, dict(step.state) if step.signature.get("loss_scale") else None
     del source, step  # each holds the weights that the trainer has copied
     notes = train_set.notes + (val_set.notes if val_set else [])
+    if on_cuda and opset > cuda_forms.OPSET:
+        notes.append(cuda_forms.newer_opset(opset))
     if on_start is not None:
         on_start(trainer, line, notes)
     history = trainer.fit(
