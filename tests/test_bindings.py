@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import zilc
 from zilc import models, runtime
 from zilc.bindings import RECORDED, Placed
+from zilc.errors import DataError
 from zilc.session import Buffer, TrainingSession, make_session, make_training_session
 
 CPU = ["CPUExecutionProvider"]
@@ -17,25 +20,28 @@ HIDDEN = 8
 
 
 class Recording:
-    """onnxruntime on CUDA: the first run under a number is made twice, later ones once; -1 is not recorded."""
+    """onnxruntime on CUDA: a thread's first run under a number is made twice, later ones once; -1 is not recorded."""
 
     def __init__(self, session: Any, fails: bool = False) -> None:
         self._session, self._fails = session, fails
-        self.recorded: list[str] = []
-        self.replayed = 0
+        self.recorded: list[tuple[int, str]] = []
+        self.replayed = self.runs = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
-        number = options.get_run_config_entry("gpu_graph_id") if options is not None else "-1"
+        assert options is not None  # else it would be recorded under onnxruntime's own number
+        number = options.get_run_config_entry("gpu_graph_id")
+        here = (threading.get_ident(), number)
+        self.runs += 1
         self._session.run_with_iobinding(binding)
         if number == "-1":
             return
-        if number in self.recorded:
+        if here in self.recorded:
             self.replayed += 1
             return
-        self.recorded.append(number)
+        self.recorded.append(here)
         self._session.run_with_iobinding(binding)
         if self._fails:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -112,16 +118,77 @@ def test_where_recording_fails_updates_go_on_without(
     assert trainer.updates == 3
 
 
-def test_more_shapes_than_are_recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = zilc.emit_training(model, loss="cross-entropy")
-    batches = [_feeds(model, 1 + k % (RECORDED + 3), k) for k in range(2 * (RECORDED + 3))]
+@pytest.mark.parametrize("over", [False, True], ids=["two sets", "over itself"])
+def test_more_shapes_than_are_recorded(model: Any, monkeypatch: pytest.MonkeyPatch, over: bool) -> None:
+    """What is beyond is run once a step, and what is recorded stays recorded."""
+    step = zilc.emit_training(model, loss="cross-entropy", optimizer="adam")
+    shapes = RECORDED + 3
+    batches = [_feeds(model, 1 + k % shapes, k) for k in range(4 * shapes)]
     plain = zilc.Trainer(step, lr=0.1, providers=CPU)
     losses = [plain.step(feeds) for feeds in batches]
-    sessions = _recording(monkeypatch, over=False)
+    sessions = _recording(monkeypatch, over=over)
     trainer = zilc.Trainer(step, lr=0.1, providers=CPU)
     assert [trainer.step(feeds) for feeds in batches] == losses
     assert _same(trainer.state, plain.state)
-    assert len(sessions[0].recorded) <= 2 * RECORDED
+    recordings = RECORDED * (1 if over else 2)
+    assert len(sessions[0].recorded) == recordings
+    # What is written over itself is run once more after it was recorded.
+    assert sessions[0].runs == len(batches) + (recordings if over else 0)
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["two sets", "over itself"])
+def test_another_thread_records_its_own(model: Any, monkeypatch: pytest.MonkeyPatch, over: bool) -> None:
+    step = zilc.emit_training(model, loss="cross-entropy", optimizer="adam")
+    batches = [_feeds(model, 4, k) for k in range(6)]
+    plain = zilc.Trainer(step, lr=0.1, providers=CPU)
+    losses = [plain.step(feeds) for feeds in batches]
+    sessions = _recording(monkeypatch, over=over)
+    trainer = zilc.Trainer(step, lr=0.1, providers=CPU)
+    found = [trainer.step(feeds) for feeds in batches[:2]]
+    for part in (batches[2:4], batches[4:]):
+        thread = threading.Thread(target=lambda part=part: found.extend(map(trainer.step, part)))  # type: ignore[misc]
+        thread.start()
+        thread.join()
+    assert found == losses
+    assert _same(trainer.state, plain.state)
+    assert sessions[0].replayed
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["two sets", "over itself"])
+def test_what_changes_between_recorded_updates(model: Any, monkeypatch: pytest.MonkeyPatch, over: bool) -> None:
+    """The learning rate, the state, and an evaluation."""
+
+    def course(trainer: zilc.Trainer) -> list[Any]:
+        found: list[Any] = [trainer.step(feeds) for feeds in batches[:3]]
+        kept = trainer.state
+        trainer.lr = 0.5
+        found += [trainer.evaluate(batches[0]).loss, trainer.step(batches[3]), trainer.step(batches[3])]
+        trainer.load_state(kept)
+        return [*found, trainer.step(batches[3]), trainer.evaluate(batches[2]).loss, trainer.updates]
+
+    step = zilc.emit_training(model, loss="cross-entropy", optimizer="adam")
+    batches = [_feeds(model, 4, k) for k in range(4)]
+    plain = zilc.Trainer(step, lr=0.1, providers=CPU)
+    expected = course(plain)
+    _recording(monkeypatch, over=over)
+    trainer = zilc.Trainer(step, lr=0.1, providers=CPU)
+    assert course(trainer) == expected
+    assert _same(trainer.state, plain.state)
+
+
+def test_a_batch_that_is_at_fault_does_not_end_recording(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = zilc.emit_training(model, loss="cross-entropy")
+    good, bad = _feeds(model, 4, 0), _feeds(model, 4, 1)
+    bad["target"][0] = 1000
+    plain = zilc.Trainer(step, lr=0.1, providers=CPU)
+    losses = [plain.step(good) for _ in range(3)]
+    sessions = _recording(monkeypatch, over=True)
+    trainer = zilc.Trainer(step, lr=0.1, providers=CPU)
+    with pytest.raises(DataError):
+        trainer.step(bad)
+    assert [trainer.step(good) for _ in range(3)] == losses
+    assert sessions[-1].recorded
+    assert sessions[-1].replayed == 3
 
 
 def test_it_can_be_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +267,58 @@ def test_fit_copies_ahead(model: Any, monkeypatch: pytest.MonkeyPatch, over: boo
     found = trainer.fit(data, epochs=3, batch_size=4, val=data)
     assert [{**e, "seconds": 0} for e in found] == [{**e, "seconds": 0} for e in expected]
     assert _same(trainer.state, plain.state)
+
+
+def test_a_copy_that_was_interrupted_is_made_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = zilc.emit_training(model, loss="cross-entropy")
+    one, two = _feeds(model, 4, 0), _feeds(model, 4, 1)
+    plain, trainer = (zilc.Trainer(step, lr=0.0, providers=CPU) for _ in range(2))
+    _device(trainer, monkeypatch)
+    placed = [trainer.place(feeds) for feeds in (one, two)]
+    expected = [plain.step(one), plain.step(two)]
+    assert trainer.step(placed[0]) == expected[0]
+    update = onnxruntime.OrtValue.update_inplace
+    left = [1]
+
+    def interrupted(self: Any, value: Any) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        update(self, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "update_inplace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.step(placed[1])
+    assert trainer.step(placed[0]) == expected[0]
+    assert trainer.step(placed[1]) == expected[1]
+
+
+def test_memory_that_was_not_to_be_had_is_asked_for_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = zilc.emit_training(model, loss="cross-entropy")
+    small, large = _feeds(model, 1, 0), _feeds(model, 4, 1)
+    plain, trainer = (zilc.Trainer(step, lr=0.0, providers=CPU) for _ in range(2))
+    assert trainer.step(small) == plain.step(small)
+    with monkeypatch.context() as patch:
+        patch.setattr("zilc.bindings.Buffer", _no_memory)
+        with pytest.raises(MemoryError):
+            trainer.step(large)
+    assert trainer.step(large) == plain.step(large)
+    assert trainer.step(small) == plain.step(small)
+
+
+def _no_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+def test_a_batch_that_another_trainer_placed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is taken for the arrays that it was."""
+    step, feeds = zilc.emit_training(model, loss="cross-entropy"), _feeds(model, 4, 0)
+    plain, trainer, other = (zilc.Trainer(step, lr=0.1, providers=CPU) for _ in range(3))
+    for one in (trainer, other):
+        _device(one, monkeypatch)
+    assert trainer.step(other.place(feeds)) == plain.step(feeds)
+    mse = zilc.Trainer(zilc.emit_training(model, loss="mse"), lr=0.1, providers=CPU)
+    _device(mse, monkeypatch)
+    with pytest.raises(DataError, match="target"):
+        mse.step(other.place(feeds))

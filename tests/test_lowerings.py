@@ -158,6 +158,15 @@ def test_a_candidate_that_does_not_run_is_out(tmp_path: Path, monkeypatch: pytes
     assert tuner.fastest(None, "kind", "", [], candidates) == "b"  # type: ignore[arg-type]
 
 
+def test_where_nothing_could_be_measured_costs_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first candidate, which may be an erratic one; and nothing is remembered."""
+    made = {"a": Lowering(lambda op: "a", {"items": 1}, erratic=True), "b": Lowering(lambda op: "b", {"items": 9})}  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(lowerings, "costs", lambda: {"cpu": {"kind": {"b": {"items": 1.0}}}})
+    monkeypatch.setattr(lowerings, "measure", lambda *a, **k: dict.fromkeys(made))
+    assert Lowerings("cpu", Tuner(tmp_path / "t.json")).choose(None, "kind", "", [], made) == ("b", "fitted")  # type: ignore[arg-type]
+    assert not (tmp_path / "t.json").exists()
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"format": "another"}'])
 def test_another_file_is_left_alone(tmp_path: Path, text: str) -> None:
     file = tmp_path / "notes.json"

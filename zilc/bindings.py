@@ -21,6 +21,8 @@ from zilc.session import Buffer, TrainingSession
 #: Shapes of the inputs that are recorded: a recording holds on to memory for as long as its session lives.
 RECORDED = 8
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 class RecordingFailed(Exception):
     """onnxruntime could not record a run; the state is as it was."""
@@ -33,13 +35,15 @@ class Placed:
     Attributes:
         values: onnxruntime's, by name.
         arrays: the same on the host.
+        owner: of the trainer that checked and placed it.
     """
 
     values: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
+    owner: object = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Bound:
     """Bindings for inputs of one shape, one for each side: it reads that set of state and writes the other.
 
@@ -47,14 +51,14 @@ class Bound:
         bindings: onnxruntime's, by side; the same twice where all state is written over itself.
         feeds: memory that inputs are copied to, by name.
         options: for a run, by side; they name the recording.  None where there is none.
-        recorded: sides that have a recording.
-        placed: what was copied last, if it was on the device before.
+        recorded: sides that have a recording, each with the thread that made it.
+        placed: what was copied last, whole, if it was on the device before.
     """
 
     bindings: list[Any]
     feeds: dict[str, Buffer] = field(default_factory=dict)
     options: list[Any] = field(default_factory=lambda: [None, None])
-    recorded: set[int] = field(default_factory=set)
+    recorded: set[tuple[int, object]] = field(default_factory=set)
     placed: Placed | None = None
 
 
@@ -69,6 +73,11 @@ class Bindings:
         loss: the loss's name and buffer.
         others: outputs besides, allocated by onnxruntime in the shape of the run, and kept until that changes.
         device: kind and number.
+
+    Attributes:
+        shapes: of the inputs that are bound at present.
+        on_host: whether the device is the host itself, which reads inputs where they are.
+        recording: held while a run is recorded, when nothing else may be allocated on the device or copied to it.
     """
 
     def __init__(
@@ -83,27 +92,27 @@ class Bindings:
     ) -> None:
         self._opened, self._sides, self._scalars, self._pairs = opened, sides, scalars, pairs
         self._loss, self._others, self._device = loss, others, device
+        self.on_host = device[0] == "cpu"
+        self.recording = threading.Lock()
+        self.shapes: Shapes = {}
+        #: Of shapes that are recorded.
         self._kept: dict[tuple[tuple[int, ...], ...], Bound] = {}
         self._numbered = 0
-        #: Whether the device is the host itself, which reads inputs where they are.
-        self.on_host = device[0] == "cpu"
-        #: Nothing else may be allocated on the device, or copied to it, while a run is recorded.
-        self.recording = threading.Lock()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._now: Bound | None = None
+        # onnxruntime keeps recordings by thread: one that another thread made is none here.
+        self._thread = threading.local()
+        #: Whether all state is written over itself, so that both sides are one.
+        self._alike = len(opened.over) == len(pairs)
+        #: For all shapes that are not recorded; its inputs are bound anew where their shape changes.
+        self._plain = self._bound()
+        if opened.captures:
+            self._plain.options = [self._named(-1)] * 2
+        self._now = self._plain
         self._side = 0
 
-    def _bind(self, arrays: Mapping[str, np.ndarray]) -> Bound:
-        """Bindings for inputs of these shapes."""
-        alike = len(self._opened.over) == len(self._pairs)
-        made = Bound([self._binding(0)] * 2 if alike else [self._binding(side) for side in (0, 1)])
-        if self._opened.captures:
-            made.options = [self._named()] * 2 if alike else [self._named() for _ in (0, 1)]
-        made.feeds = self.buffers(arrays)
-        for name, buffer in made.feeds.items():
-            for binding in made.bindings:
-                binding.bind_ortvalue_input(name, buffer.value)
-        return made
+    def _bound(self) -> Bound:
+        if self._alike:
+            return Bound([self._binding(0)] * 2)
+        return Bound([self._binding(side) for side in (0, 1)])
 
     def _binding(self, side: int) -> Any:
         binding = self._opened.session.io_binding()
@@ -114,35 +123,52 @@ class Bindings:
             binding.bind_ortvalue_output(following, self._sides[1 - side][name].value)
         name, buffer = self._loss
         binding.bind_ortvalue_output(name, buffer.value)
-        for name in self._others:
-            binding.bind_output(name, *self._device)
+        self._bind_others(binding)
         return binding
 
-    def _named(self) -> Any:
-        """Options of a run that is recorded under a number of its own, or, once too many are, of one that is not."""
-        self._numbered += 1
+    def _bind_others(self, binding: Any) -> None:
+        for name in self._others:
+            binding.bind_output(name, *self._device)
+
+    def _named(self, number: int) -> Any:
+        """Options of a run that is recorded under a number; -1: that is not recorded."""
         options = import_onnxruntime().RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self._numbered if self._numbered <= 2 * RECORDED else -1))
+        options.add_run_config_entry("gpu_graph_id", str(number))
         return options
 
     def turn(self, arrays: Mapping[str, np.ndarray]) -> None:
         """To the bindings for inputs of these shapes, which are made where there are none."""
-        self.shapes = {name: array.shape for name, array in arrays.items()}
         key = tuple(array.shape for _, array in sorted(arrays.items()))
-        if key not in self._kept:
-            # Without recordings old bindings would hold memory for nothing.
-            if len(self._kept) >= (RECORDED if self._opened.captures else 1):
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = self._bind(arrays)
-        self._now = self._kept[key]
+        kept = self._kept.get(key)
+        if kept is None and self._opened.captures and len(self._kept) < RECORDED:
+            kept = self._bound()
+            numbers = (self._numbered + 1, self._numbered + (1 if self._alike else 2))
+            kept.options = [self._named(number) for number in numbers]
+            self._reshape(kept, arrays)
+            self._kept[key], self._numbered = kept, numbers[1]
+        if kept is None:
+            kept = self._plain
+            self._reshape(kept, arrays)
+        self._now = kept
+        self.shapes = {name: array.shape for name, array in arrays.items()}
+
+    def _reshape(self, bound: Bound, arrays: Mapping[str, np.ndarray]) -> None:
+        """Memory for inputs of other shapes, and for what else is made of them."""
+        bound.placed = None
+        for name, array in arrays.items():
+            present = bound.feeds.get(name)
+            if present is None or present.shape != array.shape:
+                bound.feeds[name] = made = Buffer(array.shape, array.dtype, self._device)
+                for binding in bound.bindings:
+                    binding.bind_ortvalue_input(name, made.value)
+        for binding in bound.bindings:
+            self._bind_others(binding)
 
     def feed(self, side: int, arrays: Mapping[str, np.ndarray], placed: Placed | None = None) -> None:
         """Copy inputs of the present shapes to where the next run reads them, or bind them where they are."""
-        if self._now is None:  # a graph without inputs
-            self.turn(arrays)
-        now = self._bound
-        binding = now.bindings[side]
+        now = self._now
         if self.on_host:
+            binding = now.bindings[side]
             # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
             for name, array in arrays.items():
                 if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
@@ -150,16 +176,20 @@ class Bindings:
                 else:
                     now.feeds[name].write(array)
                     binding.bind_ortvalue_input(name, now.feeds[name].value)
-        elif placed is None:
-            for name, array in arrays.items():
+            return
+        if placed is not None and placed is now.placed:
+            return
+        now.placed = None  # until all of it is there
+        for name, array in arrays.items():
+            if placed is None:
                 now.feeds[name].write(array)
-            now.placed = None
-        elif placed is not now.placed:
-            for name, value in placed.values.items():
-                now.feeds[name].value.update_inplace(value)
-            now.placed = placed
+            else:
+                now.feeds[name].value.update_inplace(placed.values[name])
+        now.placed = placed
 
-    def place(self, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, Buffer] | None = None) -> Placed:
+    def place(
+        self, arrays: Mapping[str, np.ndarray], owner: object, buffers: Mapping[str, Buffer] | None = None
+    ) -> Placed:
         """A batch on the device.
 
         Args:
@@ -170,7 +200,7 @@ class Bindings:
                 buffers = self.buffers(arrays)
             for name, array in arrays.items():
                 buffers[name].write(array)
-        return Placed({name: buffer.value for name, buffer in buffers.items()}, arrays)
+        return Placed({name: buffer.value for name, buffer in buffers.items()}, arrays, owner)
 
     def buffers(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Buffer]:
         """Memory on the device for a batch like this."""
@@ -182,11 +212,11 @@ class Bindings:
         Raises:
             RecordingFailed: it was to be recorded, and could not be.
         """
-        now, self._side = self._bound, side
+        now, self._side = self._now, side
         binding, options = now.bindings[side], now.options[side]
         if options is None:
             session.run_with_iobinding(binding)
-        elif side in now.recorded:
+        elif now is self._plain or (side, self._token()) in now.recorded:
             session.run_with_iobinding(binding, options)
         else:
             self._record(session, side)
@@ -195,19 +225,22 @@ class Bindings:
     @property
     def last(self) -> Any:
         """The binding that was run last."""
-        return self._bound.bindings[self._side]
+        return self._now.bindings[self._side]
 
-    @property
-    def _bound(self) -> Bound:
-        assert self._now is not None
-        return self._now
+    def _token(self) -> object:
+        """What stands for this thread, for as long as there is anything of it."""
+        try:
+            return self._thread.token
+        except AttributeError:
+            self._thread.token = token = object()
+            return token
 
     def _record(self, session: Any, side: int) -> None:
         """The first run: onnxruntime makes it plainly, for its memory, and then once more, to record it.
 
         What is written over itself would be updated twice, so it is put back in between.
         """
-        now = self._bound
+        now = self._now
         with self.recording:
             saved = {name: self._sides[side][name].read() for name in self._opened.over}
             try:
@@ -217,6 +250,6 @@ class Bindings:
             finally:
                 for name, array in saved.items():
                     self._sides[side][name].write(array)
-            now.recorded |= {0, 1} if now.bindings[0] is now.bindings[1] else {side}
+            now.recorded |= {(one, self._token()) for one in ((0, 1) if self._alike else (side,))}
         if saved:
             session.run_with_iobinding(now.bindings[side], now.options[side])

@@ -1,6 +1,6 @@
-"""Operators in the forms that suit onnxruntime's CUDA provider: the same values, by other kernels.
+"""Operators in the forms that suit onnxruntime's CUDA provider: the same numbers but for rounding, by other kernels.
 
-What is measured in favour of each is in docs/BENCHMARKS_CUDA.md; which kernels there are, in docs/CUDA.md.
+Which kernels there are is in docs/CUDA.md, how rules fare with them in docs/CUDA_CHECK.md.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def reduce_sum(op: Emitter, x: Any, axes: Any = None, keepdims: int | None = Non
     takes several times as long.
     """
     rank = op.rank(x)
-    if rank is None or not isinstance(axes, list):
+    if axes is None and rank is not None and not attrs:
+        axes = list(range(rank))
+    if not axes or rank is None or not isinstance(axes, list):
         return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
-    summed = sorted(axis % rank for axis in axes)
-    dims = op.dims(x)
-    if keepdims == 0 and dims is not None and 0 in [dims[axis] for axis in summed]:
+    dims = op.dims(x) or [None] * rank
+    summed = sorted({axis % rank for axis in axes})
+    if keepdims == 0 and not all(isinstance(dims[axis], (int, np.integer)) and dims[axis] for axis in summed):
         # Over nothing there is a kernel for sums that keep the axis alone.
-        return op.Squeeze(op.plain("ReduceSum", x, axes, keepdims=1, **attrs), summed)
+        return op.Squeeze(reduce_sum(op, x, summed, 1, **attrs), summed)
     kept = [axis for axis in range(rank) if axis not in summed]
     if not kept or kept[0] == 0 or kept[-1] == rank - 1 or len(kept) <= kept[-1] - kept[0]:
         return op.plain("ReduceSum", x, axes, keepdims=keepdims, **attrs)
@@ -71,7 +73,7 @@ def count(op: Emitter, x: Any, dtype: Any) -> Any:
     if known:  # along the other axes alone
         x = op.Slice(x, [0] * len(known), [1] * len(known), known)
     some = op.cast(x, np.bool_)
-    ones = op.cast(op.Or(some, op.Not(some)), np.float32)
+    ones = op.cast(op.Or(some, op.Not(some)), np.float64 if dtype == np.float64 else np.float32)
     return op.cast(op.Mul(op.ReduceSum(ones, keepdims=0), float(size)), dtype)
 
 

@@ -82,7 +82,7 @@ def choose_providers(device: str = "auto") -> tuple[Providers, str]:
     """Execution providers for a session, and one line: which, and why.
 
     ``auto`` takes CUDA where a session really runs on it.  TensorRT is never taken: it compiles for minutes, and
-    a training graph changes its weights.
+    a training graph changes its weights.  Where CUDA is taken, onnxruntime's default logger is set to fatal errors.
 
     Args:
         device: auto, cpu or cuda.

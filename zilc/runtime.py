@@ -47,8 +47,6 @@ __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
 
 
 Feeds = Mapping[str, np.ndarray]
-#: In place of the loss, where no run has written it.
-_NOT_RUN = np.asarray(math.nan)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Trainer:
         if CUDA in self.providers:
             self._device = ("cuda", int(self._session.get_provider_options()[CUDA].get("device_id", 0)))
         self._evaluator: Any = None
-        self._seed, self.updates = seed, 0
+        self._seed, self.updates, self._token = seed, 0, object()
         self._make_buffers()
         self._bind()
         self.lr = lr
@@ -281,9 +279,14 @@ class Trainer:
             self._scalars[seed].write(np.asarray(value, self._specs([seed])[seed].dtype))
         on_cpu = self._loss.array is not None
         if on_cpu:
-            self._loss.write(_NOT_RUN)
+            self._loss.array[...] = math.nan  # type: ignore[index]
         try:
-            binding = self._run(*batch)
+            try:
+                binding = self._bindings.run(self._session, self._side)
+            except RecordingFailed:
+                binding = None
+            if binding is None:  # out of the handler, which holds on to the session that failed and its memory
+                binding = self._run_unrecorded(*batch)
         except Exception as error:
             failure = run_error(error)
             if not self._opened.unharmed(error):
@@ -299,16 +302,21 @@ class Trainer:
         self._count(binding)
         return float(self._loss.view())
 
-    def _run(self, arrays: Mapping[str, np.ndarray], placed: Placed | None) -> Any:
-        """Run the bound session; where its run cannot be recorded, one that is not recorded takes its place."""
+    def _run_unrecorded(self, arrays: Mapping[str, np.ndarray], placed: Placed | None) -> Any:
+        """Run a session that records nothing in place of one that could not, from now on.
+
+        If that fails as well, it was not for the recording, and what comes next is recorded again.
+        """
         try:
-            return self._bindings.run(self._session, self._side)
-        except RecordingFailed:
             self._reopen(cuda_graph=False)
             self._bind()
             self._bindings.turn(arrays)
             self._bindings.feed(self._side, arrays, placed)
             return self._bindings.run(self._session, self._side)
+        except Exception:
+            self._reopen(cuda_graph=True)
+            self._bind()
+            raise
 
     def _count(self, binding: Any) -> None:
         """An update was made."""
@@ -333,7 +341,7 @@ class Trainer:
             DataError: as :meth:`step`.
         """
         arrays = self._checked(feeds)
-        return arrays if self._bindings.on_host else self._bindings.place(arrays)
+        return arrays if self._bindings.on_host else self._bindings.place(arrays, self._token)
 
     def _placed(self, batches: Iterable[tuple[int, Feeds]]) -> Iterator[tuple[int, Feeds, Feeds | Placed]]:
         """Batches, and what to feed of each: on a device a copy there, made while the batch before is in use.
@@ -350,13 +358,14 @@ class Trainer:
             with self._bindings.recording:
                 sets = kept.setdefault(key, []) or [self._bindings.buffers(arrays) for _ in (0, 1)]
             kept[key] = sets[::-1]
-            yield count, feeds, self._bindings.place(arrays, sets[0])
+            yield count, feeds, self._bindings.place(arrays, self._token, sets[0])
 
     def _feed(self, feeds: Mapping[str, Any] | Placed) -> tuple[Mapping[str, np.ndarray], Placed | None]:
         """A batch to where the next run reads it; new bindings where a shape is not that of the step before."""
         placed = None
         if isinstance(feeds, Placed):
-            placed, feeds = feeds, feeds.arrays
+            # Another trainer's is like any arrays: it was not checked for this graph.
+            placed, feeds = feeds if feeds.owner is self._token else None, feeds.arrays
         shapes, inputs = self._bindings.shapes, self.inputs
         fast = len(feeds) == len(inputs) == len(shapes)
         if fast:

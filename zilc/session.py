@@ -19,7 +19,7 @@ from zilc import onnx_io
 from zilc.errors import DataError, ModelError
 from zilc.graph import INFERENCE
 from zilc.in_place import CUDA_OVER, in_place, operands
-from zilc.providers import CPU, CUDA, Providers, import_onnxruntime
+from zilc.providers import CPU, CUDA, Providers, import_onnxruntime, why_no_cuda
 from zilc.touched_rows import touch_rows
 
 #: A graph that holds more than this, in bytes, is not written to disk and read again.
@@ -84,12 +84,14 @@ def make_training_session(
     Raises:
         ModelError: onnxruntime does not take it.
     """
+    ort = import_onnxruntime()
     names = [p if isinstance(p, str) else p[0] for p in providers]
-    on_cuda = names[0] == CUDA
+    if CUDA in names and why_no_cuda(ort):
+        names.remove(CUDA)  # onnxruntime goes on without it
+    on_cuda = names[:1] == [CUDA]
     own = next(onnx_io.external_tensors(model), None) is None and model.ByteSize() <= _REWRITTEN
     if not own or not (on_cuda or names == [CPU]):
         return TrainingSession(make_session(model, providers, folder=folder, where=where))
-    ort = import_onnxruntime()
     if not on_cuda:
         model = touch_rows(model, pairs)
     options = _options(model, folder)
@@ -168,10 +170,11 @@ def _computes_in_bfloat16(model: onnx.ModelProto) -> bool:
 class Buffer:
     """A tensor that stays where it is: on the CPU an array that onnxruntime writes into, else device memory."""
 
-    __slots__ = ("array", "value")
+    __slots__ = ("array", "shape", "value")
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, device: tuple[str, int]) -> None:
         ort = import_onnxruntime()
+        self.shape = tuple(shape)
         self.array: np.ndarray | None = None
         if device[0] == "cpu":
             self.array = _aligned(shape, dtype)

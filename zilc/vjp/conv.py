@@ -133,7 +133,7 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         found["columns, rows on the map"] = (form, rows)
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
     if op.lowerings.target == "cuda":
-        for name in ("volume", "taps", "taps by example"):  # up to a hundred times as long there, and never the best
+        for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
         found["gathered columns by example"] = (partial(weight_by_gather, batched=True), {**work, **by_example})
         dims = op.dims(image)

@@ -82,7 +82,7 @@ def _gather(op: Emitter, g: Any, y: Any, x: Any, index: Any, *, axis: int) -> An
     if not work:
         candidates = {"scatter": candidates["scatter"]}
     elif op.lowerings.target == "cuda" and work["hot"] <= _HOT:
-        # Nearly as fast there, and the same bits every time: a scattered sum is in the order in which threads arrive.
+        # The same bits every time: a scattered sum is in the order in which threads arrive.
         candidates = {"one-hot": candidates["one-hot"]}
     return op.lowerings.emit(op, "Gather.data", "", [g, index, x], candidates)
 

@@ -144,7 +144,7 @@ def _max_pool(op: Emitter, g: gs.Tensor, outputs: tuple[Any, ...], x: gs.Tensor,
     candidates = {"indices": Lowering(by_indices, {})}
     sizes, positions = assumed(op, x), assumed(op, y)
     known = sizes is not None and positions is not None and window.kernel is not None
-    if known and not columns and op.lowerings.target != "cuda":  # where comparing taps takes ten times as long
+    if known and not columns and op.lowerings.target != "cuda":  # where comparing taps takes much longer
         assert sizes is not None
         assert positions is not None
         assert window.kernel is not None
