@@ -14,7 +14,7 @@ import zilc
 from tests.command import spawn
 from tools import fit_lowerings
 from zilc import lowerings, models
-from zilc.errors import FileError, OptionError
+from zilc.errors import FileError, OptionError, RuntimeMissing
 from zilc.lowerings import Lowering, Lowerings, Tuner
 
 CPU = ["CPUExecutionProvider"]
@@ -165,6 +165,12 @@ def test_where_nothing_could_be_measured_costs_decide(tmp_path: Path, monkeypatc
     monkeypatch.setattr(lowerings, "measure", lambda *a, **k: dict.fromkeys(made))
     assert Lowerings("cpu", Tuner(tmp_path / "t.json")).choose(None, "kind", "", [], made) == ("b", "fitted")  # type: ignore[arg-type]
     assert not (tmp_path / "t.json").exists()
+
+
+def test_tuning_for_cuda_wants_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zilc.providers.why_no_cuda", lambda _: "no NVIDIA GPU found")
+    with pytest.raises(RuntimeMissing, match=r"--tune --target cuda: CUDA cannot be had: no NVIDIA GPU found\. Tune"):
+        zilc.emit_training(models.build("mlp3"), tune=True, target="cuda")
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"format": "another"}'])

@@ -26,7 +26,7 @@ import onnx
 import onnx.helper
 import onnx_graphsurgeon as gs
 
-from zilc.errors import FileError, OptionError
+from zilc.errors import FileError, OptionError, RuntimeMissing
 
 if TYPE_CHECKING:
     from zilc.emit import Emitter
@@ -176,7 +176,11 @@ class Tuner:
         from zilc.providers import choose_providers, import_onnxruntime
 
         self.path, self.seconds = Path(path), seconds
-        self.providers = choose_providers(target)[0]
+        try:
+            self.providers = choose_providers(target)[0]
+        except RuntimeMissing as error:
+            hint = "Tune where it will run, or leave --tune out: then costs decide that zilc brings along."
+            raise RuntimeMissing(error.what, where=f"--tune --target {target}", hint=hint) from error
         where = gpu() if target == "cuda" else f"{processor()}, {os.cpu_count()} processors"
         self.machine = f"{where}, onnxruntime {import_onnxruntime().__version__}"
         self._known: dict[str, Any] = self._read()
