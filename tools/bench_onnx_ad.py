@@ -63,9 +63,10 @@ def step(task: Task, imported: Callable[[], None]) -> Made:
     feeds[TARGET] = labels
     feeds["lr"] = np.asarray(task.lr, task.precision)
     feeds["adj_loss"] = np.ones(1, task.precision)
-    # As in zilc's trainer: two sets of buffers that change places, nothing copied.
+    # Two sets of buffers that change places, nothing copied.  On a CPU a value lies in the array that it is made from:
+    # an array of its own for each, or an update would write over weights that the step has yet to read.
     sides = [
-        {n: onnxruntime.OrtValue.ortvalue_from_numpy(weights[n], task.device) for n in task.parameters}
+        {n: onnxruntime.OrtValue.ortvalue_from_numpy(weights[n].copy(), task.device) for n in task.parameters}
         for _ in range(2)
     ]
     bindings = []
