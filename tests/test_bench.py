@@ -317,3 +317,26 @@ def test_unknown_names_are_refused() -> None:
     done = run("--networks", "lenet")
     assert done.returncode == 2
     assert "no lenet; known are mlp3" in done.stderr
+
+
+def test_onnx_ads_two_sets_of_weights_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value on the CPU lies in the array that it is made from; an update must not write over what it reads."""
+    import bench_onnx_ad  # type: ignore[import-not-found]
+    import onnxruntime
+
+    arrays: list[np.ndarray] = []
+    make = onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def kept(array: np.ndarray, *where: Any) -> Any:
+        arrays.append(array)
+        return make(array, *where)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", staticmethod(kept))
+    options = bench.parse(["--threads", "1"])
+    case = bench.Case("mlp2", 2, "float32", "sgd", ("onnx-ad",), 3)
+    task = bench.prepare(tmp_path, case, options).task
+    made = bench_onnx_ad.step(task, lambda: None)
+    assert made.step() > made.step()
+    weights = [a for a in arrays if a.shape in {w.shape for w in task.weights().values()}]
+    assert len(weights) == 2 * len(task.parameters)
+    assert not any(np.shares_memory(a, b) for k, a in enumerate(weights) for b in weights[:k])
