@@ -486,8 +486,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     """docs/CUDA.md."""
     lines = [
         "# CUDA kernels", "",
-        "Made by `make cuda-kernels`; nothing here was run on a GPU. ONNX Runtime documents which kernels its CUDA "
-        f"provider has; every node of zilc's graphs was looked up in [the edition of {results['onnxruntime']}]"
+        "Made by `make cuda-kernels`, by a document and without a GPU; what was run on one is in "
+        "[CUDA_NETWORKS.md](CUDA_NETWORKS.md) and [CUDA_CHECK.md](CUDA_CHECK.md). ONNX Runtime documents which kernels "
+        f"its CUDA provider has; every node of zilc's graphs was looked up in [the edition of {results['onnxruntime']}]"
         f"({results['source']}) by operator, version and types, after ONNX Runtime's basic optimisation (float16: as "
         "emitted). A kernel whose range of versions is open takes the version it begins with alone, as in ONNX "
         "Runtime's own search. The document says nothing of attributes, nor which types of several variables go "
