@@ -37,9 +37,9 @@ from typing import Any
 
 import bench_cuda  # type: ignore[import-not-found]
 import numpy as np
-from bench_cuda import grid as _grid
 from bench_targets import ALL, CONVOLUTIONAL, judge
 from bench_task import HALVES, TARGET, Task, device_used_mib
+from pages import grid  # type: ignore[import-not-found]
 from rich.console import Console
 from rich.table import Table
 
@@ -559,11 +559,9 @@ def table(results: list[dict[str, Any]]) -> list[list[str]]:
 
 def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The page."""
-    versions: dict[str, dict[str, str]] = {}
     notes = {}
     for result in results:
         for name, entry in result["peers"].items():
-            versions.setdefault(name, {}).update(entry.get("versions", {}))
             if "note" in entry:
                 notes[f"{result['network']}, {name}"] = entry["note"]
     lines = [
@@ -576,7 +574,7 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         ", ".join(f"{k} {v}" for k, v in facts.items()) + ".",
         "",
-        *_grid(HEADER, table(results)),
+        *grid(HEADER, table(results)),
         "",
         *(f"{where}: {note}.\n" for where, note in notes.items()),
         "## Targets",
@@ -584,14 +582,11 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "zilc's figure over the peer's; a target counts as met only where all that it needs was measured.  Where the",
         "time of a step goes, kernel by kernel, and what was tried to shorten it: [PROFILE.md](PROFILE.md).",
         "",
-        *_grid(["target", "limit", "measured", ""], [verdict.row() for verdict in judge(judged(results))]),
+        *grid(["target", "limit", "measured", ""], [verdict.row() for verdict in judge(judged(results))]),
         "",
         "## Versions",
         "",
-        *_grid(
-            ["peer", "versions"],
-            [[n, ", ".join(f"{k} {v}" for k, v in sorted(found.items()))] for n, found in versions.items() if found],
-        ),
+        *bench_cuda.versions(results),
         "",
         "## Operators that ONNX Runtime runs after its own optimisation",
         "",
@@ -601,7 +596,7 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         if all(both) and result["optimizer"] == "sgd" and result in judged(results):
             rows = [[n, str(both[0].get(n, 0)), str(both[1].get(n, 0))] for n in sorted(set(both[0]) | set(both[1]))]
             rows.append(["all", str(sum(both[0].values())), str(sum(both[1].values()))])
-            lines += [f"**{result['network']}**", "", *_grid(["operator", "Z-IL", "BP"], rows), ""]
+            lines += [f"**{result['network']}**", "", *grid(["operator", "Z-IL", "BP"], rows), ""]
     return "\n".join(lines)
 
 

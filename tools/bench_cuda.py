@@ -11,6 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import grid  # type: ignore[import-not-found]
+
+from zilc.machine import gpu
+
 HEADER = [
     "network", "batch", "precision", "peer", "ms a step", "min to max", "rounds", "zilc / peer", "95 % interval",
     "GFLOP a step", "share of peak", "device MiB",
@@ -30,12 +34,6 @@ of one product of 8192 x 8192 matrices in PyTorch in the same precision and run,
 that of float16 or bfloat16 products alone. *Device MiB* is the most that the peer's process held on the GPU as far
 as its driver tells: the CUDA context (some hundred MiB) and what allocators keep for later are in it, kernel
 searches too."""
-
-
-def grid(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
 
 
 def label(result: Mapping[str, Any]) -> str:
@@ -90,15 +88,35 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def memory(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """zilc's memory on the device over PyTorch's."""
+    rows = []
+    for result in results:
+        own, peer = (result["peers"].get(name, {}).get("device_mib") for name in ("zilc", "torch"))
+        if own and peer:
+            rows.append([label(result), str(result["batch"]), result["precision"], f"{own / peer:.2f}"])
+    return rows
+
+
+def versions(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of what did the work, by peer."""
+    found: dict[str, dict[str, str]] = {}
+    for result in results:
+        for name, entry in result["peers"].items():
+            found.setdefault(name, {}).update(entry.get("versions", {}))
+    said = {name: ", ".join(f"{k} {v}" for k, v in sorted(of.items())) for name, of in found.items() if of}
+    made: list[str] = grid(["peer", "versions"], [[name, text] for name, text in said.items()])
+    return made
+
+
 def markdown(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """docs/BENCHMARKS_CUDA.md."""
-    versions: dict[str, dict[str, str]] = {}
     notes: dict[str, dict[str, None]] = {}
     for result in results:
         for name, entry in result["peers"].items():
-            versions.setdefault(name, {}).update(entry.get("versions", {}))
             if "note" in entry:
                 notes.setdefault(f"{result['network']}: {entry['note']}", {})[name] = None
+    held = memory(results)
     peaks = [f"{rate / 1e3:.1f} TFLOP/s in {name}" for name, rate in facts.get("peak_gflops", {}).items()]
     lines = [
         "# Benchmarks on a GPU",
@@ -117,12 +135,11 @@ def markdown(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
         "",
         *grid(["precision", "peer", "measured", "mean", "least", "most"], summary(results)),
         "",
+        *(["## Memory", "", "What zilc's process holds on the device over what PyTorch's does, eager.", "",
+           *grid(["network", "batch", "precision", "zilc / torch"], held), ""] if held else []),
         "## Versions",
         "",
-        *grid(
-            ["peer", "versions"],
-            [[n, ", ".join(f"{k} {v}" for k, v in sorted(found.items()))] for n, found in versions.items() if found],
-        ),
+        *versions(results),
         "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -130,13 +147,7 @@ def markdown(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
 
 def device_facts(precisions: Iterable[str], device: str = "cuda") -> dict[str, Any]:
     """The GPU's name, driver and versions, and its best rate by precision; what cannot be had is left out."""
-    facts: dict[str, Any] = {}
-    try:
-        words = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
-        facts["GPU"], facts["driver"] = (word.strip() for word in said.splitlines()[0].split(",")[:2])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        pass
+    facts: dict[str, Any] = {**gpu()}
     script = Path(__file__).resolve().parent / "bench_peak.py"
     try:
         words = [sys.executable, str(script), device, *precisions]

@@ -22,7 +22,6 @@ import os
 import platform
 import random
 import re
-import subprocess
 import sys
 import textwrap
 import time
@@ -42,8 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.cuda_kernels import rule_cases, rule_model  # noqa: E402
+from tools.pages import grid  # noqa: E402
 from zilc.errors import ZilcError  # noqa: E402
-from zilc.machine import processor  # noqa: E402
+from zilc.machine import gpu, processor  # noqa: E402
 from zilc.providers import CPU, Providers, choose_providers, import_onnxruntime  # noqa: E402
 
 JSON, MARKDOWN = ROOT / "docs" / "cuda_check.json", ROOT / "docs" / "CUDA_CHECK.md"
@@ -429,10 +429,7 @@ def environment(device: str) -> dict[str, str]:
     """The machine and the versions."""
     found = {"date": date.today().isoformat(), "machine": f"{processor()} ({os.cpu_count()} cores)"}
     if device == "cuda":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-            found["GPU"], _, found["driver"] = told.splitlines()[0].partition(", ")
+        found |= gpu()
     found["Python"] = platform.python_version()
     found["onnxruntime"] = import_onnxruntime().__version__
     for package in ("onnx", "numpy", "torch"):
@@ -509,12 +506,6 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _grid(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> list[str]:
-    """A table in Markdown."""
-    marks = [{"l": "---", "r": "--:"}[side] for side in align or "l" * len(header)]
-    return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (header, marks, *rows)]
-
-
 def _listed(notes: Mapping[str, int], shown: int | None = None) -> str:
     listed = [f"{count} × {note}" for note, count in notes.items()]
     more = f"; {len(listed) - shown} more" if shown is not None and len(listed) > shown else ""
@@ -536,7 +527,7 @@ def markdown(made: Mapping[str, Any]) -> str:
         textwrap.fill(PLACES.format(host=host), 110), "",
         *([OWN.format(own=made["own differ"], differ=whole["differs"]), ""] if whole["differs"] else []),
         ", ".join(f"{key} {value}" if key != "date" else value for key, value in made["facts"].items()) + ".", "",
-        *_grid(
+        *grid(
             HEADER, [cells("**all**", whole), *(cells(op, row) for op, row in rules.items())],
             "l" + "r" * (len(HEADER) - 1),
         ),
@@ -549,7 +540,7 @@ def markdown(made: Mapping[str, Any]) -> str:
     for title, (key, shown) in sections.items():
         rows = [[op, _listed(row[key], shown)] for op, row in rules.items() if row[key]]
         if rows:
-            lines += ["", title, "", *_grid(["rule of", "cases"], rows)]
+            lines += ["", title, "", *grid(["rule of", "cases"], rows)]
     return "\n".join([*lines, ""])
 
 

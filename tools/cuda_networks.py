@@ -26,7 +26,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.cuda_check import _grid, environment  # noqa: E402
+from tools.cuda_check import environment  # noqa: E402
+from tools.pages import grid  # noqa: E402
 
 DOCS = ROOT / "docs"
 JSON, MARKDOWN = DOCS / "cuda_networks.json", DOCS / "CUDA_NETWORKS.md"
@@ -168,7 +169,7 @@ def markdown(made: Mapping[str, Any]) -> str:
             "# Training steps on CUDA", "",
             textwrap.fill(READING.format(opset=OPSET, updates=UPDATES), 110), "",
             f"{facts}.", "",
-            *_grid(HEADER, [cells(row) for row in made["rows"]]), "",
+            *grid(HEADER, [cells(row) for row in made["rows"]]), "",
         ]
     )  # fmt: skip
 

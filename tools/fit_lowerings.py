@@ -291,7 +291,7 @@ def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[
         found.setdefault(kind, []).append({"site": said, "ms": times, "work": work, "erratic": erratic})
     machine = f"{processor()} ({os.cpu_count()} cores)"
     facts = {
-        "machine": machine if options.device == "cpu" else f"{gpu()}, {machine}",
+        "machine": machine if options.device == "cpu" else f"{gpu().get('GPU', '')}, {machine}",
         "versions": f"Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}, {dtype}",
         "date": datetime.now(UTC).date().isoformat(), "load": f"{begun:.1f} to {os.getloadavg()[0]:.1f}",
     }  # fmt: skip

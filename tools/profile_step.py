@@ -31,6 +31,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
+from pages import grid  # type: ignore[import-not-found]
 from rich.console import Console
 from rich.table import Table
 
@@ -310,9 +311,9 @@ def markdown(made: dict[str, Any]) -> str:
         textwrap.fill(READING.format(large=LARGE, best=made["best"]), 110), "",
         f"{facts['date']}, machine {facts['machine']}, Python {facts['Python']}, onnxruntime {facts['onnxruntime']}, "
         f"torch {facts['torch']}.", "",
-        *bench._grid(HEADER, [cells(entry) for entry in made["rows"]]), "",
+        *grid(HEADER, [cells(entry) for entry in made["rows"]]), "",
         "## The slowest kernels", "",
-        *bench._grid(
+        *grid(
             ["network", "kernel", "ms", "of all"],
             [
                 [entry["network"], f"{k['operator']} `{k['name']}`", f"{k['us'] / 1e3:.3g}",
@@ -325,7 +326,7 @@ def markdown(made: dict[str, Any]) -> str:
         lines += [
             "## What was tried", "",
             textwrap.fill(TRIED, 110), "",
-            *bench._grid(
+            *grid(
                 ["what", "how", "ms"],
                 [[what, how, f"{ms:.3g}"] for what, forms in made["tried"].items() for how, ms in forms.items()],
             ), "",

@@ -181,7 +181,7 @@ class Tuner:
         except RuntimeMissing as error:
             hint = "Tune where it will run, or leave --tune out: then costs decide that zilc brings along."
             raise RuntimeMissing(error.what, where=f"--tune --target {target}", hint=hint) from error
-        where = gpu() if target == "cuda" else f"{processor()}, {os.cpu_count()} processors"
+        where = gpu().get("GPU", "") if target == "cuda" else f"{processor()}, {os.cpu_count()} processors"
         self.machine = f"{where}, onnxruntime {import_onnxruntime().__version__}"
         self._known: dict[str, Any] = self._read()
         #: How many sites were measured, not remembered.
@@ -297,7 +297,7 @@ def _runner(
     """A candidate as a graph of its own, ready to run on what lies on the device; on CUDA replayed, as in training."""
     from zilc import onnx_io
     from zilc.emit import Emitter as Fresh
-    from zilc.providers import CUDA, import_onnxruntime
+    from zilc.providers import CUDA, import_onnxruntime, provider_names
     from zilc.session import Buffer, make_session, recording_session
 
     inputs = [gs.Variable(f"x{k}", _measured_as(op.dtype(x)), op.dims(x)) for k, x in enumerate(operands)]
@@ -311,7 +311,7 @@ def _runner(
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))
     graph.outputs = [result]
     model = onnx_io.to_proto(graph, infer=True)
-    on_cuda = CUDA in [p if isinstance(p, str) else p[0] for p in providers]
+    on_cuda = CUDA in provider_names(providers)
     session = (recording_session(model, providers) if on_cuda else None) or make_session(model, providers)
     binding, device = session.io_binding(), ("cuda" if on_cuda else "cpu", 0)
     for given in session.get_inputs():

@@ -17,11 +17,12 @@ def processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def gpu() -> str:
-    """The first NVIDIA GPU's name, as its driver tells it; empty if it tells none."""
+def gpu() -> dict[str, str]:
+    """The first NVIDIA GPU's name and driver, as ``GPU`` and ``driver``; neither where its driver tells none."""
     try:
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return found.stdout.strip().partition("\n")[0]
+        return {}
+    name, _, driver = found.partition("\n")[0].partition(",")
+    return {"GPU": name.strip(), "driver": driver.strip()} if name else {}

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def import_onnxruntime() -> Any:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def provider_names(providers: Iterable[str | tuple[str, dict[str, Any]]]) -> list[str]:
+    """Names of execution providers, with or without options."""
+    return [provider if isinstance(provider, str) else provider[0] for provider in providers]
 
 
 def choose_providers(device: str = "auto") -> tuple[Providers, str]:

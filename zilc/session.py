@@ -19,7 +19,7 @@ from zilc import onnx_io
 from zilc.errors import DataError, ModelError
 from zilc.graph import INFERENCE
 from zilc.in_place import CUDA_OVER, in_place, operands
-from zilc.providers import CPU, CUDA, Providers, import_onnxruntime, why_no_cuda
+from zilc.providers import CPU, CUDA, Providers, import_onnxruntime, provider_names, why_no_cuda
 from zilc.touched_rows import touch_rows
 
 #: A graph that holds more than this, in bytes, is not written to disk and read again.
@@ -85,7 +85,7 @@ def make_training_session(
         ModelError: onnxruntime does not take it.
     """
     ort = import_onnxruntime()
-    names = [p if isinstance(p, str) else p[0] for p in providers]
+    names = provider_names(providers)
     if CUDA in names and why_no_cuda(ort):
         names.remove(CUDA)  # onnxruntime goes on without it
     on_cuda = names[:1] == [CUDA]

@@ -17,7 +17,7 @@ from zilc.data import DataSource, examples, fed, names_in, specs
 from zilc.errors import DataError, FileError, OptionError
 from zilc.onnx_io import ModelSource, Source
 from zilc.pipeline import emit_training
-from zilc.providers import CUDA, choose_providers
+from zilc.providers import CUDA, choose_providers, provider_names
 from zilc.runtime import Progress, Trainer
 
 
@@ -87,7 +87,7 @@ def train(
     providers, line = choose_providers(device)
     source = onnx_io.load(model, base_dir=options.pop("base_dir", None))
     _check_inputs(source, [data] if val is None else [data, val])
-    on_cuda = CUDA in [p if isinstance(p, str) else p[0] for p in providers]
+    on_cuda = CUDA in provider_names(providers)
     step = emit_training(source, **{"target": "cuda" if on_cuda else "cpu", **options})
     expected = fed(step.model.graph, step.signature)
     train_set = examples(expected, data, batch_size)
