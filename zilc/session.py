@@ -58,7 +58,7 @@ def make_session(model: onnx.ModelProto, providers: Providers, *, folder: str = 
     Raises:
         ModelError: onnxruntime does not take it.
     """
-    return _open(model, _options(model, folder), providers, where)
+    return _open(model, _options(model, folder, providers), providers, where)
 
 
 def make_training_session(
@@ -94,7 +94,7 @@ def make_training_session(
         return TrainingSession(make_session(model, providers, folder=folder, where=where))
     if not on_cuda:
         model = touch_rows(model, pairs)
-    options = _options(model, folder)
+    options = _options(model, folder, providers)
     with tempfile.TemporaryDirectory(prefix="zilc-") as place:
         options.optimized_model_filepath = str(Path(place) / "optimised.onnx")
         _open(model, options, providers, where)
@@ -103,7 +103,7 @@ def make_training_session(
         ordered = in_place(optimised, model, pairs, may=CUDA_OVER, partly=False)
     else:
         ordered = in_place(optimised, model, pairs)
-    options = _options(model, folder)
+    options = _options(model, folder, providers)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done, and the order stays
     recording = _recording(ordered.model, options, providers, where) if on_cuda and cuda_graph else None
     session = recording or _open(ordered.model, options, providers, where)
@@ -112,7 +112,7 @@ def make_training_session(
 
 def recording_session(model: onnx.ModelProto, providers: Providers) -> Any:
     """A session that records runs as CUDA graphs; None where onnxruntime cannot."""
-    return _recording(model, _options(model, ""), providers, None)
+    return _recording(model, _options(model, "", providers), providers, None)
 
 
 def _recording(model: onnx.ModelProto, options: Any, providers: Providers, where: str | None) -> Any:
@@ -126,7 +126,7 @@ def _recording(model: onnx.ModelProto, options: Any, providers: Providers, where
         return None
 
 
-def _options(model: onnx.ModelProto, folder: str) -> Any:
+def _options(model: onnx.ModelProto, folder: str, providers: Providers) -> Any:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
@@ -136,6 +136,11 @@ def _options(model: onnx.ModelProto, folder: str) -> Any:
     # With a pattern of memory onnxruntime takes, from the second run on, one block for all that the first had in
     # pieces, and keeps both.
     options.enable_mem_pattern = False
+    if provider_names(providers) == [CPU]:
+        # onnxruntime would not give back a tensor's memory where a later one has the same shape, and would hold it for
+        # that one meanwhile: the many intermediates that a layer has in the forward part until its backward part.
+        # 886 MiB instead of 1,110 for ResNet18, and no slower.
+        options.enable_mem_reuse = False
     if onnx_io.holds_float64(model):
         # Its extended level moves scalar factors into attributes, which are float32: 2e-8 instead of 1e-15.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
