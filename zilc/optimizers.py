@@ -91,7 +91,8 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
     correction1 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta1, np.float64)), t))
     correction2 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta2, np.float64)), t))
     m = op.Add(slots["exp_avg"], op.Mul(op.Sub(g, slots["exp_avg"]), 1.0 - beta1))
-    v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), op.Mul(op.Mul(g, g), 1.0 - beta2))
+    squared = op.Mul(op.Mul(g, g), 1.0 - beta2)  # at once, so that the gradient's memory is freed
+    v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), squared)
     following = {"exp_avg": m, "exp_avg_sq": v}
     if "max_exp_avg_sq" in slots:
         v = op.Max(slots["max_exp_avg_sq"], v)
