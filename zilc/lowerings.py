@@ -1,11 +1,12 @@
-"""Several ways to emit one VJP, and the choice among them.
+"""Several ways to emit one VJP, or one convolution, and the choice among them.
 
 A costly rule offers candidates.  Each says what its time is made of, as counts of work (multiply-adds, elements copied,
 kernel calls); what an item of work costs was fitted to measurements by tools/fit_lowerings.py, for each target, and is
 kept in ``lowerings.json``.  The candidate of the least predicted time is taken.  With ``--tune`` the candidates are
 measured on the user's own machine instead, and what was found is remembered in a file.
 
-All candidates compute the same sum; only the order of its summands differs.
+All candidates compute the same sum, in another order of its summands or (Winograd's) by other products: they differ in
+rounding alone.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Lowering:
-    """One way to emit a VJP.
+    """One way to emit a VJP or a convolution.
 
     Attributes:
-        emit: called with an emitter and the operands; gives the cotangent.
+        emit: called with an emitter and the operands; gives the cotangent or the value.
         work: how much of what it does, by name, for the sizes at hand.
         erratic: its time does not follow from counts of work, so it is taken only where it was measured.
     """
@@ -88,10 +89,17 @@ class Lowerings:
             operands: what the candidates take.
             candidates: by name, the one to take where no costs are known first.
         """
-        name, how = self.choose(op, kind, site, operands, candidates)
-        self.taken.append(Taken(op.metadata.get("zilc.vertex", ""), kind, name, how))
+        name = self.take(op, kind, site, operands, candidates)
         with op.noting(lowering=f"{kind}: {name}"):
             return candidates[name].emit(op, *operands)
+
+    def take(
+        self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
+    ) -> str:
+        """The candidate to emit, which is noted as taken."""
+        name, how = self.choose(op, kind, site, operands, candidates)
+        self.taken.append(Taken(op.metadata.get("zilc.vertex", ""), kind, name, how))
+        return name
 
     def choose(
         self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]

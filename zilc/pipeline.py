@@ -26,6 +26,7 @@ from zilc.lowerings import Lowerings, tuner_of
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
+from zilc.passes.forward_forms import take_forms
 from zilc.passes.identities import Placement, flow_of, levelled_flow
 from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
@@ -360,7 +361,8 @@ def emit_training(
         how = plan.settled(dynamics.levels.depth)
         emitted = emit_literal(training, dynamics, leaves, how, full=full)
         traced = None if emitted is None else emitted.signature(how.steps)
-    graph = simplify(spell_out(training.op, training.finish()), updates=outputs == "next")
+    graph = take_forms(training.op, spell_out(training.op, training.finish()))
+    graph = simplify(graph, updates=outputs == "next")
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

@@ -34,6 +34,15 @@ from zilc.vjp.conv_lowerings import (
 )
 from zilc.vjp.table import defvjp
 from zilc.vjp.window import Window, conv_window, int64s, spatial_rank, spatial_shape, transpose_window
+from zilc.vjp.winograd import (
+    Tiling,
+    fits,
+    image_by_winograd,
+    image_tiling,
+    value_by_winograd,
+    weight_by_winograd,
+    weight_tiling,
+)
 
 #: Elements of an index that is kept on the device with the graph.
 _INDEX = 1 << 22
@@ -132,6 +141,8 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         form = partial(weight_by_columns, on_map=[0])
         found["columns, rows on the map"] = (form, rows)
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
+    if _by_winograd(op, w, window):
+        found["winograd"] = (weight_by_winograd, _tile_work(counts, weight_tiling(window)))
     if op.lowerings.target == "cuda":
         for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
@@ -159,7 +170,8 @@ def _image_forms(
         del both["transpose"]
     elif all(s == 1 for s in window.strides):
         both = dict(reversed(both.items()))
-    counts = _counts(op, map_, w, window)
+    # By the image: the literal dynamics know less of an error's shape, and have to choose what reverse mode chooses.
+    counts = _counts(op, image, w, window)
     if counts is None:
         name = next(iter(both))
         return {name: (both[name], {})}
@@ -175,7 +187,52 @@ def _image_forms(
             "map": n * filters * positions * math.prod(window.strides),
         },
     }  # fmt: skip
-    return {name: (form, works[name]) for name, form in both.items()}
+    found = {name: (form, works[name]) for name, form in both.items()}
+    if _by_winograd(op, w, window):
+        found["winograd"] = (image_by_winograd, {**_tile_work(counts, image_tiling(window)), "products": n})
+    return found
+
+
+def value_forms(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> dict[str, tuple[Form, Work]]:
+    """The forms of a Conv itself, each with its work, first the operator as it stands; none if it is the only one."""
+    counts = _counts(op, x, w, window)
+    if counts is None or not _by_winograd(op, w, window):
+        return {}
+    n, channels, filters, weight, taps, positions, elements = counts
+    direct: Work = {
+        "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
+        "image": n * channels * elements, "map": n * filters * positions, "weight": weight, "products": n,
+    }  # fmt: skip
+    tiled: Work = {**_tile_work(counts, weight_tiling(window)), "products": n}
+    forms: dict[str, tuple[Form, Work]] = {"conv": (_as_it_stands, direct), "winograd": (value_by_winograd, tiled)}
+    return {name: (partial(form, window=window), work) for name, (form, work) in forms.items()}
+
+
+def _as_it_stands(
+    op: Emitter, x: gs.Tensor, w: gs.Tensor, bias: gs.Tensor | None = None, *, window: Window
+) -> gs.Tensor:
+    assert isinstance(window.begin, list), "static sizes"
+    assert isinstance(window.end, list), "static sizes"
+    return op.Conv(
+        x, w, bias, strides=window.strides, dilations=window.dilations, pads=[*window.begin, *window.end],
+        group=window.group,
+    )  # fmt: skip
+
+
+def _by_winograd(op: Emitter, w: gs.Tensor, window: Window) -> bool:
+    """Whether there is a Winograd form: it would leave too little of sums in half precision, and is for speed."""
+    return op.lowerings.target == "cpu" and op.dtype(w) == np.float32 and fits(window)
+
+
+def _tile_work(counts: _Counts, tiling: Tiling) -> Work:
+    """What Winograd's forms do: transforms of both kinds of tiles, and the products."""
+    n, channels, filters, weight, _, positions, elements = counts
+    tiles = n * tiling.tiles
+    return {
+        "multiply-adds": tiling.elements * channels * filters * tiles, "image": n * channels * elements,
+        "image tiles": tiling.elements * channels * tiles, "map": n * filters * positions,
+        "map tiles": tiling.elements * filters * tiles, "weight": weight,
+    }  # fmt: skip
 
 
 # --- rules ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,279 @@
+"""Winograd's minimal filtering of convolutions, in standard operators.
+
+F(m, r) makes m outputs of a filter with r taps out of m + r - 1 products instead of m r (S. Winograd, Arithmetic
+Complexity of Computations, 1980):
+
+    y = A^T [(G w) * (B^T x)]          x: m + r - 1 elements, y[i] = sum_k w[k] x[i + k]
+
+and so, by transposition, dw = G^T [(B^T x) * (A dy)].  With several spatial axes the transforms are Kronecker products
+of those of each axis.  Summed over channels, examples and tiles, the products of each element of a tile become one
+matrix product (A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016): 16 of them with
+tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of the convolution's.
+
+How tiles are transformed: all images, put below one another, are one image of one channel.  A convolution of that with
+the rows of B^T as filters, strided from tile to tile, transforms all of them, and what it gives has the element of
+a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Tiles that reach from
+one image into the next meet zeros of the other factor, or are cut off.
+
+Larger tiles save more multiplications: those of 4 x 4 outputs, or of 2 x 2 with 5 x 5 taps.  But they were hardly
+faster in onnxruntime (docs/PROFILE.md), several times less accurate, and with 36 elements a tile they take more memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from zilc.emit import Emitter
+from zilc.vjp.window import Window, block, zero_pad
+
+#: Outputs of a tile on an axis.  With three taps all transforms are then of 0, 1, -1 and 1/2.
+OUTPUTS = 2
+#: Taps of an axis, at most.
+TAPS = 3
+#: Where the polynomials are evaluated, besides infinity.
+_POINTS = [Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2)]
+
+
+@functools.cache
+def transforms(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A^T, G and B^T of F(outputs, taps), by the Toom-Cook algorithm.
+
+    Returns:
+        float64 arrays [m, n], [n, r] and [n, n], where n = m + r - 1.
+    """
+    n = outputs + taps - 1
+    points = _POINTS[: n - 1]
+
+    def others(j: int) -> list[Fraction]:
+        return [point for k, point in enumerate(points) if k != j]
+
+    def polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+        """Coefficients of prod (x - root), the constant first."""
+        made = [Fraction(1)]
+        for root in roots:
+            shifted = [Fraction(0), *made]
+            made = [a - root * b for a, b in zip(shifted, [*made, Fraction(0)], strict=True)]
+        return made
+
+    def infinity(size: int) -> list[Fraction]:
+        return [Fraction(0)] * (size - 1) + [Fraction(1)]
+
+    at = [[point**i for i in range(outputs)] for point in points] + [infinity(outputs)]
+    filters, inputs = [], []
+    for j, point in enumerate(points):
+        divisor = math.prod((point - other for other in others(j)), start=Fraction(1))
+        row = [point**i / divisor for i in range(taps)]
+        # Moving a power of two from G to B^T changes no rounding and keeps both near one.
+        scale = Fraction(2) ** round(math.log2(max(abs(x) for x in row)))
+        filters.append([x / scale for x in row])
+        inputs.append([x * scale for x in (*polynomial(others(j)), Fraction(0))])
+    filters.append(infinity(taps))
+    inputs.append(polynomial(points))
+    made = [np.array([[float(x) for x in row] for row in rows]) for rows in (at, filters, inputs)]
+    return made[0].T, made[1], made[2]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles over the positions of the outputs; lists have one entry a spatial axis.
+
+    Attributes:
+        outputs: of a tile, m; where there is a single tap, 1.
+        taps: r.
+        counts: tiles of an image.
+    """
+
+    outputs: list[int]
+    taps: list[int]
+    counts: list[int]
+
+    @classmethod
+    def over(cls, sizes: Sequence[int], taps: Sequence[int]) -> Tiling:
+        outputs = [1 if k == 1 else OUTPUTS for k in taps]
+        return cls(outputs, list(taps), [-(-n // m) for n, m in zip(sizes, outputs, strict=True)])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Elements that a tile is made of, n = m + r - 1."""
+        return [m + r - 1 for m, r in zip(self.outputs, self.taps, strict=True)]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        """Tiles on the first axis, with those that reach into the next image."""
+        return self.counts[0] - (1 - self.taps[0]) // self.outputs[0]
+
+    @property
+    def tiles(self) -> int:
+        """Of an image, with those that reach into the next."""
+        return self.rows * math.prod(self.counts[1:])
+
+    def kronecker(self, which: int) -> np.ndarray:
+        """A^T (0), G (1) or B^T (2) of all axes."""
+        each = [transforms(m, r)[which] for m, r in zip(self.outputs, self.taps, strict=True)]
+        return functools.reduce(np.kron, each)
+
+
+def fits(window: Window) -> bool:
+    """Whether there are Winograd forms for a window: all of its sizes are known, and no step leaves elements out."""
+    return (
+        window.rank <= 2
+        and window.group == 1
+        and all(s == d == 1 for s, d in zip(window.strides, window.dilations, strict=True))
+        and window.kernel is not None
+        and window.image is not None
+        and window.map is not None
+        and any(k > 1 for k in window.kernel)
+        and all(k <= TAPS for k in window.kernel)
+    )
+
+
+def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
+    """dW = G^T [sum over examples and tiles of (A map) (B^T image)^T].
+
+    The weight's and all spatial sizes must be static; the batch may be symbolic.
+    """
+    shape, tiling = op.static(w), weight_tiling(window)
+    assert shape is not None, "static sizes"
+    assert window.map is not None, "static sizes"
+    assert window.image is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    m, c = shape[:2]
+    back = [1, 0, *window.spatial]
+    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, window.begin, window.image)
+    # The map in whole tiles, and without any where an image's tiles reach into the next.
+    full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
+    behind = [n - p for n, p in zip(full, window.map, strict=True)]
+    g = zero_pad(op, op.Transpose(map_, perm=back), [0] * window.rank, behind, window.spatial)
+    g = _tiles(op, g, full, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, 0)
+    x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
+    products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
+    taps = math.prod(tiling.taps)
+    made = op.MatMul(_constant(op, tiling.kronecker(1).T, w), op.Reshape(products, [tiling.elements, m * c]))
+    return op.Reshape(op.Transpose(op.Reshape(made, [taps, m, c]), perm=[1, 2, 0]), list(shape))
+
+
+def weight_tiling(window: Window) -> Tiling:
+    assert window.kernel is not None, "static sizes"
+    assert window.map is not None, "static sizes"
+    return Tiling.over(window.map, window.kernel)
+
+
+def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
+    """The map filtered with the mirrored weight, dX = A^T [(G mirrored W)^T (B^T map)].
+
+    The weight's and all spatial sizes must be static; the batch may be symbolic.
+    """
+    shape = op.static(w)
+    assert shape is not None, "static sizes"
+    assert window.kernel is not None, "static sizes"
+    assert window.image is not None, "static sizes"
+    assert window.map is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    begin = [k - 1 - a for k, a in zip(window.kernel, window.begin, strict=True)]
+    turned = op.Transpose(w, perm=[1, 0, *window.spatial])
+    return _filtered(op, map_, turned, (shape[1], shape[0]), window.kernel, begin, window.map, window.image, True)
+
+
+def value_by_winograd(
+    op: Emitter, x: gs.Tensor, w: gs.Tensor, bias: gs.Tensor | None = None, *, window: Window
+) -> gs.Tensor:
+    """Conv itself, Y = A^T [(G W) (B^T X)] + bias.
+
+    The weight's and all spatial sizes must be static; the batch may be symbolic.
+    """
+    shape = op.static(w)
+    assert shape is not None, "static sizes"
+    assert window.kernel is not None, "static sizes"
+    assert window.image is not None, "static sizes"
+    assert window.map is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    y = _filtered(op, x, w, shape[:2], window.kernel, window.begin, window.image, window.map, False)
+    return y if bias is None else op.Add(y, op.Reshape(bias, [shape[0], *[1] * window.rank]))
+
+
+def image_tiling(window: Window) -> Tiling:
+    assert window.kernel is not None, "static sizes"
+    assert window.image is not None, "static sizes"
+    return Tiling.over(window.image, window.kernel)
+
+
+def _filtered(
+    op: Emitter,
+    x: gs.Tensor,
+    w: gs.Tensor,
+    channels: Sequence[int],
+    taps: Sequence[int],
+    begin: Sequence[int],
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+    mirrored: bool,
+) -> gs.Tensor:
+    """``outputs`` sums of ``x`` [N, in, sizes] and ``w`` [out, in, taps], a product an example.
+
+    Args:
+        channels: out and in.
+        begin: pads in front; negative where the first elements are left out.
+        mirrored: each axis of the taps is read backwards.
+    """
+    tiling, (out, into) = Tiling.over(outputs, taps), channels
+    # Taps are mirrored by the order of G's columns.
+    transform = tiling.kronecker(1)[:, :: -1 if mirrored else 1]
+    filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [out * into, math.prod(taps)]), transB=1)
+    tiles = op.Reshape(_image_tiles(op, x, tiling, begin, sizes), [tiling.elements, -1, into, tiling.tiles])
+    products = op.MatMul(op.Reshape(filters, [tiling.elements, 1, out, into]), tiles)  # [elements, N, out, tiles]
+    products = op.Reshape(products, [1, tiling.elements, -1, *tiling.counts[1:]])
+    columns = tiling.kronecker(0).T.reshape(tiling.elements, 1, *tiling.outputs)
+    made = op.ConvTranspose(products, _constant(op, columns, w), strides=tiling.outputs)
+    full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
+    rank = len(full)
+    return block(op, op.Reshape(made, [-1, out, *full]), [0] * rank, list(outputs), list(range(2, 2 + rank)), full)
+
+
+def _image_tiles(op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int]) -> gs.Tensor:
+    """B^T of all tiles of [.., .., sizes], the images padded in front: [1, elements, rows of all images, ...]."""
+    rank = len(sizes)
+    spatial = list(range(2, 2 + rank))
+    # What the tiles reach; on the first axis in whole tiles, so that each image's begin where one does.
+    reach = [n * m + r - 1 for n, m, r in zip(tiling.counts, tiling.outputs, tiling.taps, strict=True)]
+    reach[0] = tiling.rows * tiling.outputs[0]
+    start = [max(-a, 0) for a in begin]
+    stop = [min(n, u - a) for n, u, a in zip(sizes, reach, begin, strict=True)]
+    x = block(op, x, start, stop, spatial, list(sizes))
+    front = [max(a, 0) for a in begin]
+    behind = [u - a - s for u, a, s in zip(reach, begin, stop, strict=True)]
+    x = zero_pad(op, x, front, behind, spatial)
+    # The last image's last tiles reach into nothing.
+    return _tiles(op, x, reach, tiling.kronecker(2), tiling.lengths, tiling.outputs, tiling.taps[0] - 1)
+
+
+def _tiles(
+    op: Emitter,
+    x: gs.Tensor,
+    sizes: Sequence[int],
+    transform: np.ndarray,
+    lengths: Sequence[int],
+    strides: Sequence[int],
+    behind: int,
+) -> gs.Tensor:
+    """Products of ``transform`` [elements, lengths] and all tiles of [.., .., sizes], the first index outermost."""
+    # One more axis keeps onnxruntime from its blocked layout of channels, out of which it would copy what was made.
+    more = [1] * (len(sizes) - 1)
+    rows = transform.reshape(len(transform), 1, *more, *lengths)
+    pads = [0] * (2 * len(more) + len(lengths)) + [behind] + [0] * (len(lengths) - 1)
+    x = op.Reshape(x, [1, 1, *more, -1, *sizes[1:]])
+    return op.Conv(x, _constant(op, rows, x), strides=[*more, *strides], pads=pads)
+
+
+def _constant(op: Emitter, array: np.ndarray, like: gs.Tensor) -> gs.Constant:
+    return op.constant(np.ascontiguousarray(array, op.dtype(like)))
