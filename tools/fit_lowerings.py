@@ -35,6 +35,8 @@ from zilc.lowerings import Lowering, Lowerings, measure, predicted
 from zilc.machine import gpu, processor
 from zilc.providers import choose_providers
 from zilc.vjp import table
+from zilc.vjp.conv import value_forms
+from zilc.vjp.window import conv_window
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Where the costs lie that zilc reads.
@@ -103,7 +105,7 @@ def node(op: str, dtype: str, shapes: list[tuple[int, ...]], out: tuple[int, ...
 
 
 def convolutions(batches: Sequence[int], dtype: str) -> Iterator[tuple[str, gs.Node, int]]:
-    """Each layer twice, for its weight's gradient and for its image's."""
+    """Each layer twice, for its weight's gradient and for its image's (and for its value, with the first)."""
     for batch in batches:
         for rank, layers in ((2, IMAGES), (1, SOUNDS)):
             for c, m, group, k, s, d, size in layers:
@@ -144,6 +146,11 @@ def offers(
         op = Emitter(graph, lowerings=recorder)
         g = gs.Variable("g", np.dtype(dtype), list(made.outputs[0].shape))
         table.vjp(op, made, operand, [g, *[None] * (len(made.outputs) - 1)])
+        if made.op == "Conv" and operand == 1:
+            x, w = made.inputs
+            window = conv_window(op, x, w, **table.attributes(made, 18))
+            forms = value_forms(op, x, w, window)
+            recorder.offered.append((op, "Conv", [x, w], {name: Lowering(*form) for name, form in forms.items()}))
         for emitter, kind, operands, candidates in recorder.offered:
             if len(candidates) > 1 and (not kinds or kind.partition(",")[0] in kinds):
                 yield said, kind, emitter, operands, candidates
@@ -280,6 +287,7 @@ def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[
     sites = list(offers(kinds, options.device, dtype))
     end = time.monotonic() + options.limit
     # Every so-maniest site, over and over, so that a run that is cut short has seen all kinds.
+    place = {site[:2]: k for k, site in enumerate(sites)}
     for said, kind, op, operands, candidates in track(
         [site for k in range(STRIDE) for site in sites[k::STRIDE]], "measuring", console=console
     ):
@@ -289,6 +297,8 @@ def measured(options: argparse.Namespace, dtype: str, console: Console) -> dict[
         work = {name: dict(candidate.work) for name, candidate in candidates.items()}
         erratic = [name for name, candidate in candidates.items() if candidate.erratic]
         found.setdefault(kind, []).append({"site": said, "ms": times, "work": work, "erratic": erratic})
+    for kind, rows in found.items():
+        rows.sort(key=lambda row, kind=kind: place[row["site"], kind])  # type: ignore[misc]
     machine = f"{processor()} ({os.cpu_count()} cores)"
     facts = {
         "machine": machine if options.device == "cpu" else f"{gpu().get('GPU', '')}, {machine}",
