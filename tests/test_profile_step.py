@@ -31,6 +31,12 @@ def test_operations(operator: str, operands: list[list[int]], result: list[int],
     assert profile_step.operations(kernel) == pytest.approx(count)
 
 
+def test_operations_with_a_constant_that_is_not_told() -> None:
+    kernel = {"op_name": "Conv", "input_type_shape": [{"float": [1, 1, 8, 8]}],
+              "output_type_shape": [{"float": [1, 16, 3, 3]}]}  # fmt: skip
+    assert profile_step.operations(kernel, [[16, 1, 4, 4]]) == 2 * 16 * 9 * 16
+
+
 def test_the_page_is_the_measured_rows() -> None:
     made = json.loads((ROOT / "docs" / "profile.json").read_text("utf-8"))
     assert profile_step.markdown(made) == (ROOT / "docs" / "PROFILE.md").read_text("utf-8")
