@@ -229,12 +229,14 @@ and what the allocator loses. Updates are bit-identical in all rows of a network
 
 Nothing has to be set so that the recomputed nodes stay: they are behind barriers that no optimizer of onnxruntime
 removes, and the updates have the same bits with its default options. To get the memory down as well, run the nodes in
-the order of the file, and take memory as it is needed:
+the order of the file, and take memory as it is needed and only as long (onnxruntime else keeps a tensor's memory for
+the next one of the same shape, which may be a whole pass away):
 
 ```python
 options = onnxruntime.SessionOptions()
 options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
 options.enable_mem_pattern = False
+options.enable_mem_reuse = False
 ```
 
 A barrier is a Reshape of an operand to its own shape plus a zero: the least of 0 and a number that is 0 or 1 and comes
