@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -10,9 +12,10 @@ from tests.vjp.cases import Case
 from tests.vjp.test_conv import BOTH_DTYPES, _conv, _lower, _same, _truth
 from zilc.emit import Emitter
 from zilc.lowerings import Lowerings
+from zilc.testing import op_model, run
 from zilc.vjp import conv, winograd
 from zilc.vjp.window import Window, conv_window
-from zilc.vjp.winograd import Tiling, fits, image_by_winograd, transforms, weight_by_winograd
+from zilc.vjp.winograd import Tiling, fits, image_by_winograd, transforms, value_by_winograd, weight_by_winograd
 
 CASES = [
     _conv((2, 3, 7), (4, 3, 3)),
@@ -67,6 +70,36 @@ def test_image(case: Case, which: str) -> None:
     _same(_lower(case, which, formula, np.float32), _truth(case, np.float32)[0], 2e-6)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("which", ["static", "batch"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value(case: Case, which: str, biased: bool) -> None:
+    """Conv itself."""
+    bias = np.random.default_rng(2).standard_normal(np.shape(case.inputs[1])[0]).astype(np.float32)
+
+    def formula(op: Emitter, x: gs.Tensor, w: gs.Tensor, g: gs.Tensor, window: Window) -> gs.Tensor:
+        return value_by_winograd(op, x, w, op.constant(bias) if biased else None, window=window)
+
+    inputs = [*case.inputs[:2], *([bias] if biased else [])]
+    arrays = [np.asarray(a, np.float64) for a in inputs]
+    truth = run(op_model("Conv", arrays, case.attrs), {f"x{k}": a for k, a in enumerate(arrays)})[0]
+    _same(_lower(case, which, formula, np.float32), truth, 2e-6)
+
+
+FORMS: dict[str, Any] = {
+    "value": (lambda op, x, w, g, window: value_by_winograd(op, x, w, window=window), (0, 3, 5, 6)),
+    "image": (lambda op, x, w, g, window: image_by_winograd(op, g, w, x, window), (0, 2, 5, 6)),
+    "weight": (lambda op, x, w, g, window: weight_by_winograd(op, x, g, w, window), (3, 2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_an_open_size_may_be_empty(form: str) -> None:
+    case = Case("Conv", [np.zeros((0, 2, 5, 6)), np.ones((3, 2, 3, 3))], {"pads": [1, 1, 1, 1]})
+    formula, shape = FORMS[form]
+    np.testing.assert_array_equal(_lower(case, "batch", formula, np.float32), np.zeros(shape))
+
+
 def test_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's weight gradient is as near to float64 as PyTorch's in float32, which is off by 1e-6 to 8e-6.
 
@@ -106,11 +139,10 @@ def test_where_there_is_none(attrs: dict[str, object]) -> None:
      ("float32", "cuda", (False, False))],
 )  # fmt: skip
 def test_where_it_is_offered(dtype: str, target: str, offered: tuple[bool, bool]) -> None:
-    x, w, y = (gs.Variable(n, np.dtype(dtype), [2, 4, 9, 9]) for n in "xwy")
-    w.shape = [4, 4, 3, 3]
+    x, w = gs.Variable("x", np.dtype(dtype), [2, 4, 9, 9]), gs.Variable("w", np.dtype(dtype), [4, 4, 3, 3])
     op = Emitter(gs.Graph(opset=18), lowerings=Lowerings(target))
     window = Window(2, 1, [1, 1], [1, 1], [1, 1], [1, 1], [3, 3], [9, 9], [9, 9])
-    found = conv._weight_forms(op, x, w, window), conv._image_forms(op, y, w, x, window)
+    found = conv._weight_forms(op, x, w, window), conv._image_forms(op, w, x, window)
     assert tuple("winograd" in forms for forms in found) == offered
 
 

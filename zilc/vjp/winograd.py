@@ -13,7 +13,8 @@ tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of th
 How tiles are transformed: all images, put below one another, are one image of one channel.  A convolution of that with
 the rows of B^T as filters, strided from tile to tile, transforms all of them, and what it gives has the element of
 a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Tiles that reach from
-one image into the next meet zeros of the other factor, or are cut off.
+one image into the next meet zeros of the other factor, or are cut off.  A batch of an open size gets an image of zeros
+where it is empty, for runtimes refuse an image without rows.
 
 Larger tiles save more multiplications: those of 4 x 4 outputs, or of 2 x 2 with 5 x 5 taps.  But they were hardly
 faster in onnxruntime (docs/PROFILE.md), several times less accurate, and with 36 elements a tile they take more memory.
@@ -31,7 +32,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.vjp.window import Window, block, zero_pad
+from zilc.vjp.window import Window, block, int64s, zero_pad
 
 #: Outputs of a tile on an axis.  With three taps all transforms are then of 0, 1, -1 and 1/2.
 OUTPUTS = 2
@@ -150,11 +151,11 @@ def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Ten
     assert isinstance(window.begin, list), "static sizes"
     m, c = shape[:2]
     back = [1, 0, *window.spatial]
-    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, window.begin, window.image)
+    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, window.begin, window.image, batch=1)
     # The map in whole tiles, and without any where an image's tiles reach into the next.
     full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
     behind = [n - p for n, p in zip(full, window.map, strict=True)]
-    g = zero_pad(op, op.Transpose(map_, perm=back), [0] * window.rank, behind, window.spatial)
+    g = _padded(op, op.Transpose(map_, perm=back), [0] * window.rank, behind, batch=1)
     g = _tiles(op, g, full, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, 0)
     x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
     products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
@@ -230,18 +231,28 @@ def _filtered(
     # Taps are mirrored by the order of G's columns.
     transform = tiling.kronecker(1)[:, :: -1 if mirrored else 1]
     filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [out * into, math.prod(taps)]), transB=1)
-    tiles = op.Reshape(_image_tiles(op, x, tiling, begin, sizes), [tiling.elements, -1, into, tiling.tiles])
+    images = _image_tiles(op, x, tiling, begin, sizes, batch=0)
+    tiles = op.Reshape(images, [tiling.elements, -1, into, tiling.tiles])
     products = op.MatMul(op.Reshape(filters, [tiling.elements, 1, out, into]), tiles)  # [elements, N, out, tiles]
     products = op.Reshape(products, [1, tiling.elements, -1, *tiling.counts[1:]])
     columns = tiling.kronecker(0).T.reshape(tiling.elements, 1, *tiling.outputs)
     made = op.ConvTranspose(products, _constant(op, columns, w), strides=tiling.outputs)
     full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
-    rank = len(full)
-    return block(op, op.Reshape(made, [-1, out, *full]), [0] * rank, list(outputs), list(range(2, 2 + rank)), full)
+    rank, y = len(full), op.Reshape(made, [-1, out, *full])
+    if _is_open(op, x, 0):
+        stop = op.Concat(op.dim_of(x, 0), int64s(op, outputs), axis=0)
+        return op.Slice(y, int64s(op, [0] * (1 + rank)), stop, [0, *range(2, 2 + rank)])
+    return block(op, y, [0] * rank, list(outputs), list(range(2, 2 + rank)), full)
 
 
-def _image_tiles(op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int]) -> gs.Tensor:
-    """B^T of all tiles of [.., .., sizes], the images padded in front: [1, elements, rows of all images, ...]."""
+def _image_tiles(
+    op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int], *, batch: int
+) -> gs.Tensor:
+    """B^T of all tiles of [.., .., sizes], the images padded in front: [1, elements, rows of all images, ...].
+
+    Args:
+        batch: its axis, 0 or 1.
+    """
     rank = len(sizes)
     spatial = list(range(2, 2 + rank))
     # What the tiles reach; on the first axis in whole tiles, so that each image's begin where one does.
@@ -252,9 +263,24 @@ def _image_tiles(op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int]
     x = block(op, x, start, stop, spatial, list(sizes))
     front = [max(a, 0) for a in begin]
     behind = [u - a - s for u, a, s in zip(reach, begin, stop, strict=True)]
-    x = zero_pad(op, x, front, behind, spatial)
+    x = _padded(op, x, front, behind, batch=batch)
     # The last image's last tiles reach into nothing.
     return _tiles(op, x, reach, tiling.kronecker(2), tiling.lengths, tiling.outputs, tiling.taps[0] - 1)
+
+
+def _padded(op: Emitter, x: gs.Tensor, front: Sequence[int], behind: Sequence[int], *, batch: int) -> gs.Tensor:
+    """Zeros around the spatial axes; an empty batch gets one example of zeros."""
+    spatial = list(range(2, 2 + len(front)))
+    if not _is_open(op, x, batch):
+        return zero_pad(op, x, list(front), list(behind), spatial)
+    missing = op.Max(op.Sub(int64s(op, [1]), op.dim_of(x, batch)), int64s(op, [0]))
+    before = int64s(op, [0, 0, *front, *([0] * batch)])
+    return op.Pad(x, op.Concat(before, missing, int64s(op, [*([0] * (1 - batch)), *behind]), axis=0))
+
+
+def _is_open(op: Emitter, x: gs.Tensor, axis: int) -> bool:
+    dims = op.dims(x)
+    return dims is None or not isinstance(dims[axis], (int, np.integer))
 
 
 def _tiles(
