@@ -15,7 +15,7 @@ def take_forms(op: Emitter, graph: gs.Graph) -> gs.Graph:
     """Each Conv of the forward part whose weight changes from step to step, as ``op.lowerings`` chooses (in place).
 
     A runtime that is made for inference prepares a weight once, which it cannot where the weight is an input; where it
-    is a constant it is left alone.  Value and name of the result stay, but for rounding.
+    is a constant it is left alone.  Value and name of the result stay, but for rounding, and for how far a NaN reaches.
 
     Requires: ``op`` knows the names of ``graph``.
     Ensures:  same outputs; what replaces a node has its vertex, level and role.
@@ -38,8 +38,9 @@ def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
     operands = [t for t in node.inputs if t.name]
     x, w = operands[:2]
     inner = op.inside()
-    own = {key.removeprefix("zilc."): value for key, value in node.metadata.items()}
-    with inner.place(node.name or node.outputs[0].name, **own):
+    with inner.place(node.name or node.outputs[0].name):
+        # What it carries of others' making too, so not by what ``place`` puts a prefix to.
+        inner._metadata = dict(node.metadata)
         window = conv_window(inner, x, w, **table.attributes(node, graph.opset))
         candidates = {name: Lowering(*form) for name, form in value_forms(inner, x, w, window).items()}
         if not candidates:

@@ -94,6 +94,7 @@ def _kind(op: Emitter, operand: str, w: gs.Tensor, window: Window) -> str:
 
 def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes."""
+    _tell_shapes(op, image, map_, w, window)
     forms = _weight_forms(op, image, w, window)
     # On a GPU it depends on the algorithm that cuDNN finds: half or ten times the time of products of columns.
     erratic = {"swapped"} if op.lowerings.target == "cuda" and len(forms) > 1 else set()
@@ -155,22 +156,35 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
 
 def image_cotangent(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
     """dX[n,c,q] = sum_{m,p,k: s p + d k - a = q} map[n,m,p] W[m,c,k], by the lowering that suits the shapes."""
-    forms = _image_forms(op, map_, w, image, window)
+    _tell_shapes(op, image, map_, w, window)
+    forms = _image_forms(op, w, image, window)
     candidates = {name: Lowering(partial(form, window=window), work) for name, (form, work) in forms.items()}
     kind = _kind(op, "Conv.image", w, window)
     return op.lowerings.emit(op, kind, window.site, [map_, w, image], candidates)
 
 
-def _image_forms(
-    op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window
-) -> dict[str, tuple[Form, Work]]:
+def _tell_shapes(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> None:
+    """What follows of the cotangent's shape: in a Loop inference does not tell it, and lowerings are chosen by it.
+
+    The literal dynamics have to choose what reverse mode chooses, to be equal to it to the bit.
+    """
+    filters, known = op.dims(w), [op.dims(image), op.dims(map_)]
+    batch = next((dims[0] for dims in known if dims is not None and dims[0] is not None), None)
+    if filters is None or not isinstance(filters[1], (int, np.integer)):
+        return
+    wholes = [(image, filters[1] * window.group, window.image), (map_, filters[0], window.map)]
+    for (x, channels, sizes), dims in zip(wholes, known, strict=True):
+        if sizes is not None and isinstance(x, gs.Variable) and (dims is None or None in dims):
+            x.shape = [batch, channels, *sizes]
+
+
+def _image_forms(op: Emitter, w: gs.Tensor, image: gs.Tensor, window: Window) -> dict[str, tuple[Form, Work]]:
     """The forms of the image cotangent that these shapes allow, each with its work; first the one for open sizes."""
     both: dict[str, Form] = {"transpose": image_by_transpose, "conv": image_by_conv}
     if op.dtype(image) == np.float64:
         del both["transpose"]
     elif all(s == 1 for s in window.strides):
         both = dict(reversed(both.items()))
-    # By the image: the literal dynamics know less of an error's shape, and have to choose what reverse mode chooses.
     counts = _counts(op, image, w, window)
     if counts is None:
         name = next(iter(both))
