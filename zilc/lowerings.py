@@ -5,8 +5,8 @@ kernel calls); what an item of work costs was fitted to measurements by tools/fi
 kept in ``lowerings.json``.  The candidate of the least predicted time is taken.  With ``--tune`` the candidates are
 measured on the user's own machine instead, and what was found is remembered in a file.
 
-All candidates compute the same sum, in another order of its summands or (Winograd's) by other products: on finite values
-they differ by rounding.
+All candidates compute the same sum, in another order of its summands or (Winograd's) by other products: on finite
+values they differ by rounding.
 """
 
 from __future__ import annotations
