@@ -26,7 +26,7 @@ NETWORKS = {
 SIZES: dict[str, dict[str, Any]] = {"resnet18": {"image": 33, "width": 8, "classes": 100}}
 LOSS = "cross-entropy"
 #: How many batches errors are averaged over.
-BATCHES = 5
+BATCHES = 3
 #: Half a unit in the last place of float32, relative.
 ULP = 2.0**-24
 
