@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
+from zilc.graph import hand_over
 from zilc.lowerings import Lowering
 from zilc.vjp import table
 from zilc.vjp.conv import value_forms
@@ -38,9 +39,7 @@ def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
     operands = [t for t in node.inputs if t.name]
     x, w = operands[:2]
     inner = op.inside()
-    with inner.place(node.name or node.outputs[0].name):
-        # What it carries of others' making too, so not by what ``place`` puts a prefix to.
-        inner._metadata = dict(node.metadata)
+    with inner.in_place_of(node):
         window = conv_window(inner, x, w, **table.attributes(node, graph.opset))
         candidates = {name: Lowering(*form) for name, form in value_forms(inner, x, w, window).items()}
         if not candidates:
@@ -52,9 +51,5 @@ def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
             return []
         with inner.noting(lowering=note):
             made = candidates[name].emit(inner, *operands)
-    last, y = made.inputs[0], node.outputs[0]
-    node.outputs.clear()
-    node.inputs.clear()
-    last.outputs.clear()
-    last.outputs.append(y)
+    hand_over(node, made)
     return list(inner.graph.nodes)

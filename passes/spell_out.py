@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.graph import STATISTICS
+from zilc.graph import STATISTICS, hand_over
 from zilc.vjp import table
 from zilc.vjp.norm import batch_normalized, batch_statistics
 
@@ -32,22 +32,18 @@ def spell_out(op: Emitter, graph: gs.Graph) -> gs.Graph:
         if not hasattr(node, STATISTICS):
             nodes.append(node)
             continue
-        y, (x, scale, bias) = node.outputs[0], node.inputs[:3]
+        x, scale, bias = node.inputs[:3]
         shell = gs.Graph(opset=graph.opset)
         inner = Emitter(shell, set())
         inner.names = op.names
-        with inner.place(node.name or y.name):
-            inner._metadata = dict(node.metadata)
+        with inner.in_place_of(node):
             centred, r = (made.get(name) for name in getattr(node, STATISTICS))
             if centred is None or r is None:
                 epsilon = float(table.attributes(node, graph.opset)["epsilon"])
                 own = batch_statistics(inner, x, epsilon)
                 centred, r = own.centred, own.r
             result = batch_normalized(inner, x, scale, bias, centred, r)
-        node.outputs.clear()
-        last = result.inputs[0]
-        last.outputs.clear()
-        last.outputs.append(y)
+        hand_over(node, result)
         nodes += shell.nodes
     graph.nodes = nodes
     return graph

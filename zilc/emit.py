@@ -85,6 +85,13 @@ class Emitter:
         finally:
             self._metadata = old
 
+    @contextlib.contextmanager
+    def in_place_of(self, node: gs.Node) -> Iterator[None]:
+        """Nodes emitted inside are named after ``node`` and carry all of its metadata, of whoever's making."""
+        with self.place(node.name or node.outputs[0].name):
+            self._metadata = dict(node.metadata)
+            yield
+
     @property
     def prefix(self) -> str:
         """What names of emitted nodes begin with here."""

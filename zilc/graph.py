@@ -336,3 +336,12 @@ class Rebuild:
         )
         made.metadata = dict(vars(old).get("metadata", {}))
         return made
+
+
+def hand_over(node: gs.Node, made: gs.Variable) -> None:
+    """``node``'s first output, with its readers, becomes that of the node that makes ``made``; ``node`` is emptied."""
+    last, output = made.inputs[0], node.outputs[0]
+    node.inputs.clear()
+    node.outputs.clear()
+    last.outputs.clear()
+    last.outputs.append(output)

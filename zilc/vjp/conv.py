@@ -39,9 +39,9 @@ from zilc.vjp.winograd import (
     fits,
     image_by_winograd,
     image_tiling,
+    map_tiling,
     value_by_winograd,
     weight_by_winograd,
-    weight_tiling,
 )
 
 #: Elements of an index that is kept on the device with the graph.
@@ -143,7 +143,7 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         found["columns, rows on the map"] = (form, rows)
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
     if _by_winograd(op, w, window):
-        found["winograd"] = (weight_by_winograd, _tile_work(counts, weight_tiling(window)))
+        found["winograd"] = (weight_by_winograd, _tile_work(counts, map_tiling(window)))
     if op.lowerings.target == "cuda":
         for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
@@ -217,7 +217,7 @@ def value_forms(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> dict
         "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
         "image": n * channels * elements, "map": n * filters * positions, "weight": weight, "products": n,
     }  # fmt: skip
-    tiled: Work = {**_tile_work(counts, weight_tiling(window)), "products": n}
+    tiled: Work = {**_tile_work(counts, map_tiling(window)), "products": n}
     forms: dict[str, tuple[Form, Work]] = {"conv": (_as_it_stands, direct), "winograd": (value_by_winograd, tiled)}
     return {name: (partial(form, window=window), work) for name, (form, work) in forms.items()}
 

@@ -16,8 +16,8 @@ a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements
 one image into the next meet zeros of the other factor, or are cut off.  A batch of an open size gets an image of zeros
 where it is empty, for runtimes refuse an image without rows.
 
-Larger tiles save more multiplications: those of 4 x 4 outputs, or of 2 x 2 with 5 x 5 taps.  But they were hardly
-faster in onnxruntime (docs/PROFILE.md), several times less accurate, and with 36 elements a tile they take more memory.
+Larger tiles, of 4 x 4 outputs, save more multiplications.  But in onnxruntime they are no faster (docs/PROFILE.md), and
+they are several times less accurate (tests/vjp/test_winograd.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -119,6 +120,11 @@ class Tiling:
         """Of an image, with those that reach into the next."""
         return self.rows * math.prod(self.counts[1:])
 
+    @property
+    def covered(self) -> list[int]:
+        """Outputs of all tiles of an image, those with which it reaches into the next included."""
+        return [n * m for n, m in zip([self.rows, *self.counts[1:]], self.outputs, strict=True)]
+
     def kronecker(self, which: int) -> np.ndarray:
         """A^T (0), G (1) or B^T (2) of all axes."""
         each = [transforms(m, r)[which] for m, r in zip(self.outputs, self.taps, strict=True)]
@@ -139,35 +145,44 @@ def fits(window: Window) -> bool:
     )
 
 
+class _Sizes(NamedTuple):
+    """What is static of a convolution: the weight's shape, and a list for the spatial axes of each other thing."""
+
+    weight: tuple[int, ...]
+    taps: list[int]
+    begin: list[int]
+    image: list[int]
+    map: list[int]
+
+
+def _sizes(op: Emitter, w: gs.Tensor, window: Window) -> _Sizes:
+    weight = op.static(w)
+    assert weight is not None, "static sizes"
+    assert window.kernel is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    assert window.image is not None, "static sizes"
+    assert window.map is not None, "static sizes"
+    return _Sizes(weight, window.kernel, window.begin, window.image, window.map)
+
+
 def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW = G^T [sum over examples and tiles of (A map) (B^T image)^T].
 
     The weight's and all spatial sizes must be static; the batch may be symbolic.
     """
-    shape, tiling = op.static(w), weight_tiling(window)
-    assert shape is not None, "static sizes"
-    assert window.map is not None, "static sizes"
-    assert window.image is not None, "static sizes"
-    assert isinstance(window.begin, list), "static sizes"
-    m, c = shape[:2]
+    sizes = _sizes(op, w, window)
+    tiling, (m, c) = Tiling.over(sizes.map, sizes.taps), sizes.weight[:2]
     back = [1, 0, *window.spatial]
-    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, window.begin, window.image, batch=1)
+    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
     # The map in whole tiles, and without any where an image's tiles reach into the next.
-    full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
-    behind = [n - p for n, p in zip(full, window.map, strict=True)]
+    behind = [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
     g = _padded(op, op.Transpose(map_, perm=back), [0] * window.rank, behind, batch=1)
-    g = _tiles(op, g, full, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, 0)
+    g = _tiles(op, g, tiling.covered, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, 0)
     x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
     products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
     taps = math.prod(tiling.taps)
     made = op.MatMul(_constant(op, tiling.kronecker(1).T, w), op.Reshape(products, [tiling.elements, m * c]))
-    return op.Reshape(op.Transpose(op.Reshape(made, [taps, m, c]), perm=[1, 2, 0]), list(shape))
-
-
-def weight_tiling(window: Window) -> Tiling:
-    assert window.kernel is not None, "static sizes"
-    assert window.map is not None, "static sizes"
-    return Tiling.over(window.map, window.kernel)
+    return op.Reshape(op.Transpose(op.Reshape(made, [taps, m, c]), perm=[1, 2, 0]), list(sizes.weight))
 
 
 def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
@@ -175,15 +190,10 @@ def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tens
 
     The weight's and all spatial sizes must be static; the batch may be symbolic.
     """
-    shape = op.static(w)
-    assert shape is not None, "static sizes"
-    assert window.kernel is not None, "static sizes"
-    assert window.image is not None, "static sizes"
-    assert window.map is not None, "static sizes"
-    assert isinstance(window.begin, list), "static sizes"
-    begin = [k - 1 - a for k, a in zip(window.kernel, window.begin, strict=True)]
-    turned = op.Transpose(w, perm=[1, 0, *window.spatial])
-    return _filtered(op, map_, turned, (shape[1], shape[0]), window.kernel, begin, window.map, window.image, True)
+    sizes = _sizes(op, w, window)
+    begin = [k - 1 - a for k, a in zip(sizes.taps, sizes.begin, strict=True)]
+    turned, (m, c) = op.Transpose(w, perm=[1, 0, *window.spatial]), sizes.weight[:2]
+    return _filtered(op, map_, turned, (c, m), sizes.taps, begin, sizes.map, sizes.image, mirrored=True)
 
 
 def value_by_winograd(
@@ -193,17 +203,20 @@ def value_by_winograd(
 
     The weight's and all spatial sizes must be static; the batch may be symbolic.
     """
-    shape = op.static(w)
-    assert shape is not None, "static sizes"
+    sizes = _sizes(op, w, window)
+    y = _filtered(op, x, w, sizes.weight[:2], sizes.taps, sizes.begin, sizes.image, sizes.map)
+    return y if bias is None else op.Add(y, op.Reshape(bias, [sizes.weight[0], *[1] * window.rank]))
+
+
+def map_tiling(window: Window) -> Tiling:
+    """Tiles of the map: of a convolution's value and its weight's gradient."""
     assert window.kernel is not None, "static sizes"
-    assert window.image is not None, "static sizes"
     assert window.map is not None, "static sizes"
-    assert isinstance(window.begin, list), "static sizes"
-    y = _filtered(op, x, w, shape[:2], window.kernel, window.begin, window.image, window.map, False)
-    return y if bias is None else op.Add(y, op.Reshape(bias, [shape[0], *[1] * window.rank]))
+    return Tiling.over(window.map, window.kernel)
 
 
 def image_tiling(window: Window) -> Tiling:
+    """Tiles of the image: of its gradient."""
     assert window.kernel is not None, "static sizes"
     assert window.image is not None, "static sizes"
     return Tiling.over(window.image, window.kernel)
@@ -218,7 +231,8 @@ def _filtered(
     begin: Sequence[int],
     sizes: Sequence[int],
     outputs: Sequence[int],
-    mirrored: bool,
+    *,
+    mirrored: bool = False,
 ) -> gs.Tensor:
     """``outputs`` sums of ``x`` [N, in, sizes] and ``w`` [out, in, taps], a product an example.
 
@@ -237,12 +251,11 @@ def _filtered(
     products = op.Reshape(products, [1, tiling.elements, -1, *tiling.counts[1:]])
     columns = tiling.kronecker(0).T.reshape(tiling.elements, 1, *tiling.outputs)
     made = op.ConvTranspose(products, _constant(op, columns, w), strides=tiling.outputs)
-    full = [n * k for n, k in zip([tiling.rows, *tiling.counts[1:]], tiling.outputs, strict=True)]
-    rank, y = len(full), op.Reshape(made, [-1, out, *full])
+    rank, y = len(outputs), op.Reshape(made, [-1, out, *tiling.covered])
     if _is_open(op, x, 0):
         stop = op.Concat(op.dim_of(x, 0), int64s(op, outputs), axis=0)
         return op.Slice(y, int64s(op, [0] * (1 + rank)), stop, [0, *range(2, 2 + rank)])
-    return block(op, y, [0] * rank, list(outputs), list(range(2, 2 + rank)), full)
+    return block(op, y, [0] * rank, list(outputs), list(range(2, 2 + rank)), tiling.covered)
 
 
 def _image_tiles(
