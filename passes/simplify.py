@@ -1,7 +1,8 @@
 """Clean-up after emission, the same for Z-IL and for reverse mode.
 
 Repeated work is never emitted (the emitter reuses what it made).  Left to do here: sums of products become one product,
-the update of a large matrix joins the product that makes its gradient, and what no output reads is dropped.
+the update of a matrix joins the product that makes its gradient, Relu's derivative is taken behind a pool instead of
+in front of it, and what no output reads is dropped.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import captured
+from zilc.graph import captured, fresh_name, hand_over
 
-#: A matrix of more elements than this (4 MiB in float32) no longer stays in the cache between passes.
-IN_CACHE = 1 << 20
 #: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
 SMALL = 1 << 18
 
@@ -27,6 +26,7 @@ def simplify(graph: gs.Graph, *, updates: bool = True) -> gs.Graph:
 
     Ensures: outputs keep their names and meaning; every node lies on a path to an output.
     """
+    mask_pooled(graph)
     if updates:
         join_sums(graph)
         fold_updates(graph)
@@ -166,16 +166,16 @@ def _take_over(made: gs.Tensor, name: gs.Tensor) -> None:
 
 
 def fold_updates(graph: gs.Graph) -> None:
-    """The update of a large matrix joins the product that makes its gradient (in place).
+    """The update of a matrix joins the product that makes its gradient (in place).
 
     Before:  W.next = Sub(W, Gemm(A, B))
     After:   W.next = Gemm(A, B, W, alpha=-1)
 
-    No gradient is written, which is most of the memory traffic of a wide layer; on small matrices, which stay in the
-    cache, onnxruntime's copy of the addend costs more than it saves.  Only where nothing else reads the gradient.
+    No gradient is written, which is most of the memory traffic of a wide layer, and a node less to start on a small
+    one.  Only where nothing else reads the gradient.
     """
     users = Users(graph)
-    inputs = {t.name for t in graph.inputs}
+    inputs, names = {t.name for t in graph.inputs}, names_of(graph)
     kept = []
     for node in graph.nodes:
         gemm = users.maker.get(node.inputs[1].name) if node.op == "Sub" else None
@@ -186,9 +186,9 @@ def fold_updates(graph: gs.Graph) -> None:
             and len(gemm.inputs) == 2
             and users.count(node.inputs[1]) == 1
             and gemm.attrs.get("alpha", 1.0) == 1.0
-            and _size(node.inputs[0]) > IN_CACHE
         ):
-            made = gs.Node("Gemm", name=node.name, attrs={**gemm.attrs, "alpha": -1.0}, inputs=[*gemm.inputs])
+            name = fresh_name(f"{node.name.rpartition('/')[0]}/Gemm", names)
+            made = gs.Node("Gemm", name=name, attrs={**gemm.attrs, "alpha": -1.0}, inputs=[*gemm.inputs])
             made.inputs.append(node.inputs[0])
             made.metadata, result = dict(node.metadata), node.outputs[0]
             result.inputs.clear()  # node makes it no more
@@ -197,6 +197,65 @@ def fold_updates(graph: gs.Graph) -> None:
         else:
             kept.append(node)
     graph.nodes = kept
+
+
+def mask_pooled(graph: gs.Graph) -> None:
+    """Relu's derivative behind a MaxPool acts on the pool's cotangent, before that is spread (in place).
+
+    Before:  d = Where(y > 0, spread(e), 0)     p, indices = MaxPool(y), spread(e) = e added at its indices
+    After:   d = spread(Where(p > 0, e, 0))
+
+    The same bits: where p > 0 is where the element that it came from is, and zeros add up to zero.  A mask of the
+    pool's size, and no tensor of the image's besides the one that is spread.
+    """
+    users = Users(graph)
+    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    before: dict[int, list[gs.Node]] = {}  # nodes to put in front of one
+    for node in graph.nodes:
+        found = _masked_spread(node, users)
+        if found is None:
+            continue
+        spread, updates, pooled = found
+        op.graph.nodes = []
+        with op.in_place_of(node):
+            zero = node.inputs[2]
+            masked = op.Where(op.Greater(pooled, zero), updates.inputs[0], zero)
+        masked.shape = updates.inputs[0].shape
+        before[id(updates)] = list(op.graph.nodes)
+        updates.inputs[0] = masked
+        hand_over(node, spread.outputs[0])
+    if before:
+        graph.nodes = [new for node in graph.nodes for new in (*before.get(id(node), ()), node) if new.outputs]
+
+
+def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Tensor] | None:
+    """Of Where(y > 0, spread(e), 0): the node that gives spread(e), the one that reads e, and what was pooled of y."""
+    if node.op != "Where" or not _is_zero(node.inputs[2]):
+        return None
+    greater, spread = (users.maker.get(node.inputs[k].name) for k in (0, 1))
+    if greater is None or greater.op != "Greater" or not _is_zero(greater.inputs[1]):
+        return None
+    # Reshape(ScatterElements(zeros, Reshape(indices), Reshape(e))), read here alone
+    if spread is None or spread.op != "Reshape" or users.count(spread.outputs[0]) != 1:
+        return None
+    scatter = users.maker.get(spread.inputs[0].name)
+    if scatter is None or scatter.op != "ScatterElements" or users.count(scatter.outputs[0]) != 1:
+        return None
+    zeros, indices, updates = (users.maker.get(t.name) for t in scatter.inputs)
+    if zeros is None or zeros.op != "Expand" or not _is_zero(zeros.inputs[0]):
+        return None
+    if indices is None or indices.op != "Reshape" or updates is None or updates.op != "Reshape":
+        return None
+    pool = users.maker.get(indices.inputs[0].name)
+    if pool is None or pool.op != "MaxPool" or pool.inputs[0].name != greater.inputs[0].name:
+        return None
+    if indices.inputs[0].name != pool.outputs[1].name or users.count(updates.outputs[0]) != 1:
+        return None
+    return spread, updates, pool.outputs[0]
+
+
+def _is_zero(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and _size(tensor) == 1 and not onnx_io.values(tensor).any()
 
 
 class Users:

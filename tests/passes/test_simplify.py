@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import zilc
 from tests.graphs import initial, model
+from zilc import lowerings
 from zilc.executors import executor
+from zilc.passes import simplify
 from zilc.pipeline import TrainingStep
 
 #: One weight and one bias at three time steps.
@@ -40,7 +44,9 @@ def updates(proto: onnx.ModelProto, dtype: str, **options) -> tuple[TrainingStep
 
 
 def count(step) -> Counter:
-    return Counter(node.op_type for node in step.model.graph.node if "gradient" in node.name)
+    """Operators of gradients, and of what an update is made with."""
+    names = ("gradient", "optimizer/Gemm")
+    return Counter(node.op_type for node in step.model.graph.node if any(name in node.name for name in names))
 
 
 @pytest.mark.parametrize("algorithm", ["zil", "bp"])
@@ -98,23 +104,93 @@ def test_where_the_rate_stays_with_the_updates(options):
     assert not any("loss" in node.name for node in readers)
 
 
-def test_a_large_matrix_takes_its_update_from_the_product():
+def test_a_matrix_takes_its_update_from_the_product():
     """W.next = Gemm(A, B, W) with alpha = -1: no gradient of W's size is written."""
+    step = zilc.emit_training(shared(8))
+    made = {node.output[0]: node for node in step.model.graph.node}
+    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in made["v.next"].attribute}
+    assert (made["v.next"].op_type, attrs["alpha"], made["v.next"].input[2]) == ("Gemm", -1.0, "v")
+    assert made["w.next"].op_type == "Sub"  # of a sum of two products, which nothing joins here
+    both = {node.output[0]: node for node in zilc.emit_training(shared(8), outputs="both").model.graph.node}
+    assert both["v.next"].op_type == "Sub"  # there its gradient is an output
+
+
+#: A Relu in front of a pool whose windows overlap, are disjoint, or reach over the edge.
+POOLED = """
+<ir_version: 10, opset_import: ["" : 18]>
+pooled (float[2,3,9,9] x) => (float[2,3,P,P] y) <float[3,3,1,1] w> {
+  a = Conv(x, w)
+  h = Relu(a)
+  y = MaxPool<kernel_shape = [K, K], strides = [S, S], pads = [E, E, E, E]>(h)
+}
+"""
+
+
+@pytest.fixture
+def by_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool's cotangent by its indices, on these small images too."""
+    monkeypatch.setattr(lowerings, "costs", dict)
+
+
+def pooled(kernel: int, stride: int, pad: int) -> onnx.ModelProto:
+    size = (9 + 2 * pad - kernel) // stride + 1
+    text = POOLED
+    for letter, value in (("P", size), ("K", kernel), ("S", stride), ("E", pad)):
+        text = re.sub(rf"\b{letter}\b", str(value), text)
+    return model(text)
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "bp"])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize("run", ["reference", "onnxruntime"])
+def test_a_mask_behind_a_pool_gives_the_same_bits(monkeypatch, by_indices, window, algorithm, run):
+    rng = np.random.default_rng(1)
+    proto, made = pooled(*window), []
+    size = proto.graph.output[0].type.tensor_type.shape.dim[2].dim_value
+    feeds = {"x": rng.standard_normal((2, 3, 9, 9)).astype("f"), "target": np.zeros((2, 3, size, size), "f")}
+    feeds["x"][0, :, :4, :4] = -np.abs(feeds["x"][0, :, :4, :4])  # windows in which all is cut off
+    feeds["target"] += rng.standard_normal(feeds["target"].shape).astype("f")
+    for off in (False, True):
+        if off:
+            monkeypatch.setattr(simplify, "mask_pooled", lambda graph: None)
+        step = zilc.emit_training(proto, algorithm=algorithm, outputs="both", wrt=["w", "x"])
+        masks = [node for node in step.model.graph.node if node.op_type == "Where"]
+        shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.value_info}
+        assert [shapes[node.output[0]][2] for node in masks] == [9 if off else size]
+        given = initial(step, feeds)
+        if run == "reference":
+            made.append(executor(step.model)(given))
+        else:
+            session = onnxruntime.InferenceSession(step.model.SerializeToString(), providers=["CPUExecutionProvider"])
+            names = [o.name for o in session.get_outputs()]
+            made.append(dict(zip(names, session.run(None, given), strict=True)))
+    assert np.any(made[0]["x.grad"])
+    for name, value in made[0].items():
+        assert value.tobytes() == made[1][name].tobytes(), name
+
+
+def test_an_infinite_error_at_a_dead_unit_stays_out(by_indices):
+    proto = pooled(2, 2, 0)
+    feeds = {"x": np.full((2, 3, 9, 9), 1.0, "f"), "target": np.zeros((2, 3, 4, 4), "f")}
+    step = zilc.emit_training(proto, outputs="grad", wrt=["w", "x"])
+    given = initial(step, feeds)
+    given["w"] = -np.ones_like(given["w"])
+    given["target"][...] = np.inf
+    assert not np.any(executor(step.model)(given)["x.grad"])
+
+
+def test_a_relu_with_other_readers_keeps_its_mask(by_indices):
+    """The image's cotangent is a sum there, and the sum is what is masked."""
     text = """
     <ir_version: 10, opset_import: ["" : 18]>
-    wide (float[2,4] x) => (float[2,1025] y) <float[1024,4] v, float[1025,1024] w> {
-      h = Gemm<transB = 1>(x, v)
-      y = Gemm<transB = 1>(h, w)
+    read_twice (float[1,2,4,4] x) => (float[1,2,4,4] y) <float[2,2,1,1] w> {
+      a = Conv(x, w)
+      h = Relu(a)
+      p = MaxPool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(h)
+      y = Mul(p, h)
     }
     """
-    step = zilc.emit_training(model(text))
-    made = {node.output[0]: node for node in step.model.graph.node}
-    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in made["w.next"].attribute}
-    assert (made["w.next"].op_type, attrs["alpha"], made["w.next"].input[2]) == ("Gemm", -1.0, "w")
-    assert made["v.next"].op_type == "Sub"
-    rng = np.random.default_rng(0)
-    feeds = {"x": rng.standard_normal((2, 4)).astype("f"), "target": rng.standard_normal((2, 1025)).astype("f")}
-    given = initial(step, feeds)
-    after = executor(step.model)(given)["w.next"]
-    h = feeds["x"] @ given["v"].T
-    np.testing.assert_allclose(after, given["w"] - 0.1 * (h @ given["w"].T - feeds["target"]).T @ h, atol=1e-4)
+    step = zilc.emit_training(model(text), outputs="grad")
+    (mask,) = [node for node in step.model.graph.node if node.op_type == "Where"]
+    made = {name: node.op_type for node in step.model.graph.node for name in node.output}
+    assert made[mask.input[1]] == "Add"

@@ -175,9 +175,9 @@ def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Ten
     back = [1, 0, *window.spatial]
     x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
     # The map in whole tiles, and without any where an image's tiles reach into the next.
-    behind = [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
-    g = _padded(op, op.Transpose(map_, perm=back), [0] * window.rank, behind, batch=1)
-    g = _tiles(op, g, tiling.covered, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, 0)
+    front, behind = [0] * window.rank, [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
+    g = op.Transpose(map_, perm=back)
+    g = _tiles(op, g, sizes.map, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, front, behind, batch=1)
     x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
     products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
     taps = math.prod(tiling.taps)
@@ -276,19 +276,18 @@ def _image_tiles(
     x = block(op, x, start, stop, spatial, list(sizes))
     front = [max(a, 0) for a in begin]
     behind = [u - a - s for u, a, s in zip(reach, begin, stop, strict=True)]
-    x = _padded(op, x, front, behind, batch=batch)
-    # The last image's last tiles reach into nothing.
-    return _tiles(op, x, reach, tiling.kronecker(2), tiling.lengths, tiling.outputs, tiling.taps[0] - 1)
+    left = [s - a for a, s in zip(start, stop, strict=True)]
+    return _tiles(op, x, left, tiling.kronecker(2), tiling.lengths, tiling.outputs, front, behind, batch=batch)
 
 
-def _padded(op: Emitter, x: gs.Tensor, front: Sequence[int], behind: Sequence[int], *, batch: int) -> gs.Tensor:
-    """Zeros around the spatial axes; an empty batch gets one example of zeros."""
-    spatial = list(range(2, 2 + len(front)))
+def _apart(op: Emitter, x: gs.Tensor, front: int, behind: int, rank: int, *, batch: int) -> gs.Tensor:
+    """Zeros around the first spatial axis; an empty batch gets one example of zeros."""
     if not _is_open(op, x, batch):
-        return zero_pad(op, x, list(front), list(behind), spatial)
+        return zero_pad(op, x, [front], [behind], [2])
     missing = op.Max(op.Sub(int64s(op, [1]), op.dim_of(x, batch)), int64s(op, [0]))
-    before = int64s(op, [0, 0, *front, *([0] * batch)])
-    return op.Pad(x, op.Concat(before, missing, int64s(op, [*([0] * (1 - batch)), *behind]), axis=0))
+    before, after = [0, 0, front, *[0] * (rank - 1)], [behind, *[0] * (rank - 1)]
+    empty = [0] * batch  # an axis before or after the batch
+    return op.Pad(x, op.Concat(int64s(op, before + empty), missing, int64s(op, [0] * (1 - batch) + after), axis=0))
 
 
 def _is_open(op: Emitter, x: gs.Tensor, axis: int) -> bool:
@@ -303,14 +302,24 @@ def _tiles(
     transform: np.ndarray,
     lengths: Sequence[int],
     strides: Sequence[int],
-    behind: int,
+    front: Sequence[int],
+    behind: Sequence[int],
+    *,
+    batch: int,
 ) -> gs.Tensor:
-    """Products of ``transform`` [elements, lengths] and all tiles of [.., .., sizes], the first index outermost."""
+    """Products of ``transform`` [elements, lengths] and all tiles of [.., .., sizes], the first index outermost.
+
+    Zeros between images, ``front`` and ``behind`` on the first axis, are written; those of other axes are the
+    convolution's own pads.
+    """
     # One more axis keeps onnxruntime from its blocked layout of channels, out of which it would copy what was made.
     more = [1] * (len(sizes) - 1)
     rows = transform.reshape(len(transform), 1, *more, *lengths)
-    pads = [0] * (2 * len(more) + len(lengths)) + [behind] + [0] * (len(lengths) - 1)
+    # The last image's last tiles reach into nothing.
+    none, last = [0] * len(more), lengths[0] - strides[0]
+    x = _apart(op, x, front[0], behind[0], len(sizes), batch=batch)
     x = op.Reshape(x, [1, 1, *more, -1, *sizes[1:]])
+    pads = [*none, 0, *front[1:], *none, last, *behind[1:]]
     return op.Conv(x, _constant(op, rows, x), strides=[*more, *strides], pads=pads)
 
 
