@@ -134,11 +134,16 @@ def _symbolic(array: np.ndarray, which: str) -> list[int | str]:
     return [f"n{axis}_{array.ndim}" if axis in free else n for axis, n in enumerate(array.shape)]
 
 
-def _lower(case: Case, which: str, formula: object, dtype: type = np.float64) -> np.ndarray:
-    """Run one lowering ``formula(op, x, w, g, window)`` on a Conv case; ``which`` says what is symbolic."""
+def _lower(
+    case: Case, which: str, formula: object, dtype: type = np.float64, *, g: np.ndarray | None = None
+) -> np.ndarray:
+    """Run one lowering ``formula(op, x, w, g, window)`` on a Conv case; ``which`` says what is symbolic.
+
+    ``g`` in place of the cotangent that ``_truth`` takes.
+    """
     x, w = (np.asarray(a, dtype) for a in case.inputs[:2])
     y = run(op_model("Conv", [x, w], case.attrs), {"x0": x, "x1": w})[0]
-    g = np.asarray(_r(*y.shape, seed=1), dtype)
+    g = np.asarray(_r(*y.shape, seed=1) if g is None else g, dtype)
     tensors = [gs.Variable(n, dtype, _symbolic(a, which)) for n, a in (("x", x), ("g", g))]
     tensors.insert(1, gs.Variable("w", dtype, _symbolic(w, which if which == "all" else "static")))
     graph = gs.Graph(inputs=tensors, opset=18)

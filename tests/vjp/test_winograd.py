@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from tests.vjp.cases import Case
-from tests.vjp.test_conv import BOTH_DTYPES, _conv, _lower, _same, _truth
+from tests.vjp.test_conv import BOTH_DTYPES, _conv, _lower, _r, _same, _truth
 from zilc.emit import Emitter
 from zilc.lowerings import Lowerings
 from zilc.testing import op_model, run
@@ -146,9 +146,52 @@ def test_where_it_is_offered(dtype: str, target: str, offered: tuple[bool, bool]
     assert tuple("winograd" in forms for forms in found) == offered
 
 
-def test_tiles() -> None:
-    tiling = Tiling.over([7, 4, 5], [3, 1, 2])
-    assert (tiling.outputs, tiling.counts, tiling.lengths) == ([2, 1, 2], [4, 4, 3], [4, 1, 3])
+#: Size of the first axis, taps of it and pads around it: with and without tiles between an image and the next.
+FIRST_AXIS = [
+    (size, taps, pads)
+    for size in (3, 4, 7, 8)
+    for taps in (2, 3)
+    for pads in ((0, 0), (1, 1), (0, 2), (2, 0), (2, 2))
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("which", ["static", "batch"])
+def test_images_below_one_another(form: str, which: str) -> None:
+    """Right with any pads, and what is in one example leaves another's bits alone."""
+    for size, taps, (a, b) in FIRST_AXIS:
+        case = _conv((3, 2, size, 4), (3, 2, taps, 3), pads=[a, 1, b, 1])
+        x, w = (np.asarray(t, np.float32) for t in case.inputs)
+        y = run(op_model("Conv", [x, w], case.attrs), {"x0": x, "x1": w})[0]
+        g = np.asarray(_r(*y.shape, seed=1), np.float32)
+        truth = dict(zip(("image", "weight"), _truth(case, np.float32), strict=True)) | {"value": y}
+        made = _lower(case, which, FORMS[form][0], np.float32, g=g)
+        _same(made, truth[form], 4e-6)
+        if form != "weight":
+            for t in (x, g):
+                t[1] *= -1e3
+            other = Case("Conv", [x, w], case.attrs)
+            beside = _lower(other, which, FORMS[form][0], np.float32, g=g)
+            assert beside[[0, 2]].tobytes() == made[[0, 2]].tobytes(), (size, taps, a, b)
+            assert beside[1].tobytes() != made[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "image", "begin", "rows"),
+    [
+        (7, 7, 1, 4),  # the zero in front of the next image is the one behind this
+        (6, 6, 1, 4),  # three tiles, and a row of zeros to write: one more
+        (6, 8, 0, 4),
+        (8, 6, 2, 4),
+        (5, 6, 0, 4),  # a zero behind alone
+        (5, 6, 1, 4),  # and in front alone: all seven rows are read
+        (5, 8, -1, 4),
+    ],
+)
+def test_tiles(size: int, image: int, begin: int, rows: int) -> None:
+    tiling = Tiling.over([size, 4, 5], [3, 1, 2], begin, image)
+    assert (tiling.outputs, tiling.counts[1:], tiling.lengths) == ([2, 1, 2], [4, 3], [4, 1, 3])
     assert tiling.elements == 12
-    assert tiling.tiles == 5 * 4 * 3
+    assert tiling.rows == rows
+    assert tiling.tiles == rows * 4 * 3
     assert tiling.kronecker(0).shape == (4, 12)

@@ -12,9 +12,10 @@ tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of th
 
 How tiles are transformed: all images, put below one another, are one image of one channel.  A convolution of that with
 the rows of B^T as filters, strided from tile to tile, transforms all of them, and what it gives has the element of
-a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Tiles that reach from
-one image into the next meet zeros of the other factor, or are cut off.  A batch of an open size gets an image of zeros
-where it is empty, for runtimes refuse an image without rows.
+a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Where tiles reach from
+one image into the next, that meets zeros of the other factor, or is cut off.  So finite numbers of one example leave
+another's alone, but an infinity or NaN there, times zero, can be NaN in the example before.  A batch of an open size
+gets an image of zeros where it is empty, for runtimes refuse an image without rows.
 
 Larger tiles, of 4 x 4 outputs, save more multiplications.  But in onnxruntime they are no faster (docs/PROFILE.md), and
 they are several times less accurate (tests/vjp/test_winograd.py).
@@ -90,16 +91,29 @@ class Tiling:
         outputs: of a tile, m; where there is a single tap, 1.
         taps: r.
         counts: tiles of an image.
+        rows: tiles on the first axis, with those that lie between an image and the next.
     """
 
     outputs: list[int]
     taps: list[int]
     counts: list[int]
+    rows: int
 
     @classmethod
-    def over(cls, sizes: Sequence[int], taps: Sequence[int]) -> Tiling:
+    def over(cls, sizes: Sequence[int], taps: Sequence[int], begin: int, image: int) -> Tiling:
+        """Tiles over outputs of ``sizes``.
+
+        Args:
+            begin: zeros in front of an image on the first axis; negative where the first elements are left out.
+            image: its elements there.
+        """
         outputs = [1 if k == 1 else OUTPUTS for k in taps]
-        return cls(outputs, list(taps), [-(-n // m) for n, m in zip(sizes, outputs, strict=True)])
+        counts = [-(-n // m) for n, m in zip(sizes, outputs, strict=True)]
+        # The next image's first zeros are this one's last.  What else of it a last tile holds is the last element of
+        # tiles of two outputs, which is a factor of the output that is cut off, and of no other.
+        reach = sizes[0] + taps[0] - 1
+        needed = max(min(image + begin, reach), reach - max(begin, 0))
+        return cls(outputs, list(taps), counts, max(counts[0], -(-needed // outputs[0])))
 
     @property
     def lengths(self) -> list[int]:
@@ -111,18 +125,13 @@ class Tiling:
         return math.prod(self.lengths)
 
     @property
-    def rows(self) -> int:
-        """Tiles on the first axis, with those that reach into the next image."""
-        return self.counts[0] - (1 - self.taps[0]) // self.outputs[0]
-
-    @property
     def tiles(self) -> int:
-        """Of an image, with those that reach into the next."""
+        """Of an image, with those that lie between it and the next."""
         return self.rows * math.prod(self.counts[1:])
 
     @property
     def covered(self) -> list[int]:
-        """Outputs of all tiles of an image, those with which it reaches into the next included."""
+        """Outputs of all tiles of an image, those between it and the next included."""
         return [n * m for n, m in zip([self.rows, *self.counts[1:]], self.outputs, strict=True)]
 
     def kronecker(self, which: int) -> np.ndarray:
@@ -171,7 +180,7 @@ def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Ten
     The weight's and all spatial sizes must be static; the batch may be symbolic.
     """
     sizes = _sizes(op, w, window)
-    tiling, (m, c) = Tiling.over(sizes.map, sizes.taps), sizes.weight[:2]
+    tiling, (m, c) = map_tiling(window), sizes.weight[:2]
     back = [1, 0, *window.spatial]
     x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
     # The map in whole tiles, and without any where an image's tiles reach into the next.
@@ -193,7 +202,7 @@ def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tens
     sizes = _sizes(op, w, window)
     begin = [k - 1 - a for k, a in zip(sizes.taps, sizes.begin, strict=True)]
     turned, (m, c) = op.Transpose(w, perm=[1, 0, *window.spatial]), sizes.weight[:2]
-    return _filtered(op, map_, turned, (c, m), sizes.taps, begin, sizes.map, sizes.image, mirrored=True)
+    return _filtered(op, map_, turned, (c, m), image_tiling(window), begin, sizes.map, sizes.image, mirrored=True)
 
 
 def value_by_winograd(
@@ -204,7 +213,7 @@ def value_by_winograd(
     The weight's and all spatial sizes must be static; the batch may be symbolic.
     """
     sizes = _sizes(op, w, window)
-    y = _filtered(op, x, w, sizes.weight[:2], sizes.taps, sizes.begin, sizes.image, sizes.map)
+    y = _filtered(op, x, w, sizes.weight[:2], map_tiling(window), sizes.begin, sizes.image, sizes.map)
     return y if bias is None else op.Add(y, op.Reshape(bias, [sizes.weight[0], *[1] * window.rank]))
 
 
@@ -212,14 +221,18 @@ def map_tiling(window: Window) -> Tiling:
     """Tiles of the map: of a convolution's value and its weight's gradient."""
     assert window.kernel is not None, "static sizes"
     assert window.map is not None, "static sizes"
-    return Tiling.over(window.map, window.kernel)
+    assert window.image is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    return Tiling.over(window.map, window.kernel, window.begin[0], window.image[0])
 
 
 def image_tiling(window: Window) -> Tiling:
     """Tiles of the image: of its gradient."""
     assert window.kernel is not None, "static sizes"
     assert window.image is not None, "static sizes"
-    return Tiling.over(window.image, window.kernel)
+    assert window.map is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    return Tiling.over(window.image, window.kernel, window.kernel[0] - 1 - window.begin[0], window.map[0])
 
 
 def _filtered(
@@ -227,7 +240,7 @@ def _filtered(
     x: gs.Tensor,
     w: gs.Tensor,
     channels: Sequence[int],
-    taps: Sequence[int],
+    tiling: Tiling,
     begin: Sequence[int],
     sizes: Sequence[int],
     outputs: Sequence[int],
@@ -241,10 +254,10 @@ def _filtered(
         begin: pads in front; negative where the first elements are left out.
         mirrored: each axis of the taps is read backwards.
     """
-    tiling, (out, into) = Tiling.over(outputs, taps), channels
+    out, into = channels
     # Taps are mirrored by the order of G's columns.
     transform = tiling.kronecker(1)[:, :: -1 if mirrored else 1]
-    filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [out * into, math.prod(taps)]), transB=1)
+    filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [out * into, math.prod(tiling.taps)]), transB=1)
     images = _image_tiles(op, x, tiling, begin, sizes, batch=0)
     tiles = op.Reshape(images, [tiling.elements, -1, into, tiling.tiles])
     products = op.MatMul(op.Reshape(filters, [tiling.elements, 1, out, into]), tiles)  # [elements, N, out, tiles]
