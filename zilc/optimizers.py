@@ -75,6 +75,10 @@ def _sgd(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step:
 def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step: Any) -> tuple[gs.Tensor, Slots]:
     """m, v: decaying means of g, g^2;  p -= lr / (1 - b1^t)  m / (sqrt(v / (1 - b2^t)) + eps);  t = step + 1.
 
+    With c = sqrt(1 - b2^t) the last is  p -= (lr c / (1 - b1^t))  m / (sqrt(v) + c eps), one pass over v less.  And g is
+    multiplied by 1 - b1 at once, so that besides what is carried no more than two tensors of p's size are there at a
+    time: v's share is then (1 - b2) / (1 - b1)^2 of its square.
+
     The corrections are computed in float64, as PyTorch does: 1 - 0.999^t in float32 loses four digits at t = 1.
     """
     beta1, beta2 = o.options["betas"]  # type: ignore[misc]
@@ -82,25 +86,27 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
     dtype = op.dtype(p)
     if o.options["maximize"]:
         g = op.Neg(g)
-    lr64 = op.cast(lr, np.float64)
-    if decay and o.name == "adamw":
-        p = op.Mul(p, op.cast(op.Sub(1.0, op.Mul(lr64, decay)), dtype))
-    elif decay:
+    if decay and o.name == "adam":
         g = op.Add(g, op.Mul(p, decay))
-    t = op.cast(op.Add(step, op.constant(np.asarray(1, np.int64))), np.float64)
-    correction1 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta1, np.float64)), t))
-    correction2 = op.Sub(1.0, op.Pow(op.constant(np.asarray(beta2, np.float64)), t))
-    m = op.Add(slots["exp_avg"], op.Mul(op.Sub(g, slots["exp_avg"]), 1.0 - beta1))
-    squared = op.Mul(op.Mul(g, g), 1.0 - beta2)  # at once, so that the gradient's memory is freed
+    share = op.Mul(g, 1.0 - beta1)
+    m = op.Add(op.Mul(slots["exp_avg"], beta1), share)
+    squared = op.Mul(op.Mul(share, share), (1.0 - beta2) / (1.0 - beta1) ** 2)
     v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), squared)
     following = {"exp_avg": m, "exp_avg_sq": v}
     if "max_exp_avg_sq" in slots:
         v = op.Max(slots["max_exp_avg_sq"], v)
         following["max_exp_avg_sq"] = v
-    root = op.Mul(op.Sqrt(v), op.cast(op.Div(op.constant(np.asarray(1.0, np.float64)), op.Sqrt(correction2)), dtype))
-    denominator = op.Add(root, float(o.options["eps"]))  # type: ignore[arg-type]
-    size = op.cast(op.Div(lr64, correction1), dtype)
-    return op.Sub(p, op.Mul(op.Div(m, denominator), size)), following
+
+    lr64 = op.cast(lr, np.float64)
+    t = op.cast(op.Add(step, op.constant(np.asarray(1, np.int64))), np.float64)
+    correction1, correction2 = (op.Sub(1.0, op.Pow(op.constant(np.asarray(b, np.float64)), t)) for b in (beta1, beta2))
+    c = op.Sqrt(correction2)
+    eps = op.cast(op.Mul(c, float(o.options["eps"])), dtype)  # type: ignore[arg-type]
+    size = op.cast(op.Div(op.Mul(lr64, c), correction1), dtype)
+    change = op.Mul(op.Div(m, op.Add(op.Sqrt(v), eps)), size)
+    if decay and o.name == "adamw":
+        p = op.Mul(p, op.cast(op.Sub(1.0, op.Mul(lr64, decay)), dtype))
+    return op.Sub(p, change), following
 
 
 _SGD: dict[str, Option] = {"weight_decay": 0.0, "maximize": False}
