@@ -414,13 +414,13 @@ def finish(
         running.append(peer)
     for peer in running:
         peer.warm()
+    rng = np.random.default_rng(0)
     for count in range(case.rounds):
-        turn = count % max(1, len(running))
-        for peer in running[turn:] + running[:turn]:
+        # In an order of its own each time: nobody always comes after the same neighbour, and what that one leaves.
+        for peer in (running[k] for k in rng.permutation(len(running))):
             slow = peer.spent > options.seconds and len(peer.rounds) >= LEAST_ROUNDS
             if "failed" not in peer.facts and not slow:
                 peer.round(count)
-    rng = np.random.default_rng(0)
     base = next((p for p in running if p.name == "zilc" and "failed" not in p.facts), None)
     entries: dict[str, Any] = {}
     for name, peer in built.items():
