@@ -6,9 +6,8 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.graph import hand_over
-from zilc.lowerings import Lowering
 from zilc.vjp import table
-from zilc.vjp.conv import value_forms
+from zilc.vjp.conv import value_lowerings
 from zilc.vjp.window import conv_window
 
 
@@ -41,7 +40,7 @@ def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
     inner = op.inside()
     with inner.in_place_of(node):
         window = conv_window(inner, x, w, **table.attributes(node, graph.opset))
-        candidates = {name: Lowering(*form) for name, form in value_forms(inner, x, w, window).items()}
+        candidates = value_lowerings(inner, x, w, window)
         if not candidates:
             return []
         name = op.lowerings.take(inner, "Conv", window.site, operands, candidates)

@@ -25,8 +25,9 @@ NETWORKS = {
 #: other side than float64, which ones depends on the processor: then gradients differ and neither is wrong.
 SIZES: dict[str, dict[str, Any]] = {"resnet18": {"image": 33, "width": 8, "classes": 100}}
 LOSS = "cross-entropy"
-#: How many batches errors are averaged over.
-BATCHES = 3
+#: How many batches errors are averaged over, where three are too few: the small ResNet18's worst ratio to autograd's is
+#: 2.6 over the first three, 1.6 over six, 1.5 over ten and over sixteen.
+BATCHES: dict[str, int] = {"resnet18": 12}
 #: Half a unit in the last place of float32, relative.
 ULP = 2.0**-24
 
@@ -108,7 +109,8 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
     step = network.steps["zil/float32"]
     run, state = executor(step.model), {n: np.asarray(step.state[n]) for n in step.state}
     model = {d: models.build(network.name, dtype=d, **SIZES.get(network.name, {})) for d in ("float32", "float64")}
-    for seed in range(BATCHES):
+    batches = BATCHES.get(network.name, 3)
+    for seed in range(batches):
         size, rng = NETWORKS[network.name], np.random.default_rng(seed)
         drawn = models.random_feeds(model["float32"], size, rng, loss=LOSS)
         torch = {}
@@ -120,7 +122,7 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
         got = {p["name"]: made[p["grad"]] for p in step.signature["parameters"]}
         for side, gradients in (("zil", got), ("torch", torch["float32"])):
             for name in squares[side]:
-                squares[side][name] += relative(gradients[name], name, torch["float64"]) ** 2 / BATCHES
+                squares[side][name] += relative(gradients[name], name, torch["float64"]) ** 2 / batches
     ours, theirs = ({n: square**0.5 for n, square in squares[side].items()} for side in ("zil", "torch"))
     assert max(ours.values()) <= max(2 * max(theirs.values()), 4 * ULP)
     assert {n: (ours[n], theirs[n]) for n in ours if ours[n] > max(2 * theirs[n], 4 * ULP)} == {}

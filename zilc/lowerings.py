@@ -2,7 +2,8 @@
 
 A costly rule offers candidates.  Each says what its time is made of, as counts of work (multiply-adds, elements copied,
 kernel calls); what an item of work costs was fitted to measurements by tools/fit_lowerings.py, for each target, and is
-kept in ``lowerings.json``.  The candidate of the least predicted time is taken.  With ``--tune`` the candidates are
+kept in ``lowerings.json``.  The candidate of the least predicted time is taken, one that rounds less well only if it
+saves a tenth.  With ``--tune`` the candidates are
 measured on the user's own machine instead, and what was found is remembered in a file.
 
 All candidates compute the same sum, in another order of its summands or (Winograd's) by other products: on finite
@@ -47,11 +48,13 @@ class Lowering:
         emit: called with an emitter and the operands; gives the cotangent or the value.
         work: how much of what it does, by name, for the sizes at hand.
         erratic: its time does not follow from counts of work, so it is taken only where it was measured.
+        handicap: its time is multiplied by this in the choice: what rounds less well has to save as much.
     """
 
     emit: Callable[..., gs.Tensor]
     work: Mapping[str, float]
     erratic: bool = False
+    handicap: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,11 @@ class Lowerings:
         known = self._costs(op, operands).get(kind, {})
         if any(name not in known for name in candidates):
             return next(iter(candidates)), "default"
-        return min(candidates, key=lambda name: predicted(known[name], candidates[name].work)), "fitted"
+
+        def time(name: str) -> float:
+            return predicted(known[name], candidates[name].work) * candidates[name].handicap
+
+        return min(candidates, key=time), "fitted"
 
     def _costs(self, op: Emitter, operands: Sequence[gs.Tensor]) -> Mapping[str, Any]:
         """For the target, and for half precision if that was fitted apart: on a GPU other units compute it."""
@@ -215,7 +222,7 @@ class Tuner:
     def fastest(
         self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
     ) -> str | None:
-        """The candidate of the least measured time; None where an operand's size is open or none runs."""
+        """The candidate of the least measured time (with its handicap); None where none runs, or a size is open."""
         shapes = [assumed(op, x) for x in operands]
         if any(shape is None for shape in shapes):
             return None
@@ -230,7 +237,7 @@ class Tuner:
                 mine[key] = times
                 self._write()
         ran = {name: times[name] for name in candidates if times.get(name) is not None}
-        return min(ran, key=lambda name: ran[name]) if ran else None
+        return min(ran, key=lambda name: ran[name] * candidates[name].handicap) if ran else None
 
     def _write(self) -> None:
         from zilc.files import together

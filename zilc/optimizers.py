@@ -75,9 +75,9 @@ def _sgd(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step:
 def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step: Any) -> tuple[gs.Tensor, Slots]:
     """m, v: decaying means of g, g^2;  p -= lr / (1 - b1^t)  m / (sqrt(v / (1 - b2^t)) + eps);  t = step + 1.
 
-    With c = sqrt(1 - b2^t) the last is  p -= (lr c / (1 - b1^t))  m / (sqrt(v) + c eps), one pass over v less.  And g is
-    multiplied by 1 - b1 at once, so that besides what is carried no more than two tensors of p's size are there at a
-    time: v's share is then (1 - b2) / (1 - b1)^2 of its square.
+    With c = sqrt(1 - b2^t) the last is  p -= (lr c / (1 - b1^t))  m / (sqrt(v) + c eps), one pass over v less.  And g
+    is multiplied by 1 - b1 at once, so that besides what is carried no more than two tensors of p's size are there at
+    a time: v's share is then (1 - b2) / (1 - b1)^2 of its square.
 
     The corrections are computed in float64, as PyTorch does: 1 - 0.999^t in float32 loses four digits at t = 1.
     """

@@ -69,7 +69,7 @@ def _run(step: zilc.TrainingStep, batch: int) -> dict[str, np.ndarray]:
 
 def test_values_stay(net: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zilc.passes.forward_forms.value_forms", lambda *_: {})
+        patch.setattr("zilc.passes.forward_forms.value_lowerings", lambda *_: {})
         plain = zilc.emit_training(net, output="y", freeze="v")
     monkeypatch.setattr(Lowerings, "choose", lambda self, op, kind, site, operands, candidates: (
         "winograd" if kind == "Conv" else next(iter(candidates)), "fitted"))  # fmt: skip

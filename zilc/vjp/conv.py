@@ -14,7 +14,7 @@ ConvTranspose loops in Python and mixes up its groups; nothing emitted for float
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from zilc.vjp.conv_lowerings import (
 from zilc.vjp.table import defvjp
 from zilc.vjp.window import Window, conv_window, int64s, spatial_rank, spatial_shape, transpose_window
 from zilc.vjp.winograd import (
+    HANDICAP,
     Tiling,
     fits,
     image_by_winograd,
@@ -92,16 +93,25 @@ def _kind(op: Emitter, operand: str, w: gs.Tensor, window: Window) -> str:
     return ", ".join(words)
 
 
+def lowerings_of(
+    forms: Mapping[str, tuple[Form, Work]], window: Window, erratic: Collection[str] = ()
+) -> dict[str, Lowering]:
+    """Forms with their work as candidates."""
+    return {
+        name: Lowering(
+            partial(form, window=window), work, name in erratic, HANDICAP if name == "winograd" else 1.0
+        )
+        for name, (form, work) in forms.items()
+    }  # fmt: skip
+
+
 def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes."""
     _tell_shapes(op, image, map_, w, window)
     forms = _weight_forms(op, image, w, window)
     # On a GPU it depends on the algorithm that cuDNN finds: half or ten times the time of products of columns.
     erratic = {"swapped"} if op.lowerings.target == "cuda" and len(forms) > 1 else set()
-    candidates = {
-        name: Lowering(partial(form, window=window), work, name in erratic) for name, (form, work) in forms.items()
-    }
-    kind = _kind(op, "Conv.weight", w, window)
+    kind, candidates = _kind(op, "Conv.weight", w, window), lowerings_of(forms, window, erratic)
     return op.lowerings.emit(op, kind, window.site, [image, map_, w], candidates)
 
 
@@ -158,8 +168,7 @@ def image_cotangent(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor
     """dX[n,c,q] = sum_{m,p,k: s p + d k - a = q} map[n,m,p] W[m,c,k], by the lowering that suits the shapes."""
     _tell_shapes(op, image, map_, w, window)
     forms = _image_forms(op, w, image, window)
-    candidates = {name: Lowering(partial(form, window=window), work) for name, (form, work) in forms.items()}
-    kind = _kind(op, "Conv.image", w, window)
+    kind, candidates = _kind(op, "Conv.image", w, window), lowerings_of(forms, window)
     return op.lowerings.emit(op, kind, window.site, [map_, w, image], candidates)
 
 
@@ -207,8 +216,8 @@ def _image_forms(op: Emitter, w: gs.Tensor, image: gs.Tensor, window: Window) ->
     return found
 
 
-def value_forms(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> dict[str, tuple[Form, Work]]:
-    """The forms of a Conv itself, each with its work, first the operator as it stands; none if it is the only one."""
+def value_lowerings(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> dict[str, Lowering]:
+    """The forms of a Conv itself, first the operator as it stands; none if it is the only one."""
     counts = _counts(op, x, w, window)
     if counts is None or not _by_winograd(op, w, window):
         return {}
@@ -218,8 +227,7 @@ def value_forms(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> dict
         "image": n * channels * elements, "map": n * filters * positions, "weight": weight, "products": n,
     }  # fmt: skip
     tiled: Work = {**_tile_work(counts, map_tiling(window)), "products": n}
-    forms: dict[str, tuple[Form, Work]] = {"conv": (_as_it_stands, direct), "winograd": (value_by_winograd, tiled)}
-    return {name: (partial(form, window=window), work) for name, (form, work) in forms.items()}
+    return lowerings_of({"conv": (_as_it_stands, direct), "winograd": (value_by_winograd, tiled)}, window)
 
 
 def _as_it_stands(

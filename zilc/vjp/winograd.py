@@ -40,6 +40,8 @@ from zilc.vjp.window import Window, block, int64s, zero_pad
 OUTPUTS = 2
 #: Taps of an axis, at most.
 TAPS = 3
+#: Sums and differences of a tile's elements are rounded before they are multiplied, so it should be worth it.
+HANDICAP = 1.1
 #: Where the polynomials are evaluated, besides infinity.
 _POINTS = [Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2)]
 
