@@ -181,6 +181,7 @@ def fold_updates(graph: gs.Graph) -> None:
         gemm = users.maker.get(node.inputs[1].name) if node.op == "Sub" else None
         if (
             gemm is not None
+            and node.metadata.get("zilc.role") == "optimizer"  # the model's own Sub may broadcast
             and node.inputs[0].name in inputs
             and gemm.op == "Gemm"
             and len(gemm.inputs) == 2
@@ -188,7 +189,9 @@ def fold_updates(graph: gs.Graph) -> None:
             and gemm.attrs.get("alpha", 1.0) == 1.0
         ):
             name = fresh_name(f"{node.name.rpartition('/')[0]}/Gemm", names)
-            made = gs.Node("Gemm", name=name, attrs={**gemm.attrs, "alpha": -1.0}, inputs=[*gemm.inputs])
+            attrs = {**gemm.attrs, "alpha": -1.0}
+            attrs.pop("beta", None)  # of an addend that was not there
+            made = gs.Node("Gemm", name=name, attrs=attrs, inputs=[*gemm.inputs])
             made.inputs.append(node.inputs[0])
             made.metadata, result = dict(node.metadata), node.outputs[0]
             result.inputs.clear()  # node makes it no more
@@ -217,6 +220,7 @@ def mask_pooled(graph: gs.Graph) -> None:
             continue
         spread, updates, pooled = found
         op.graph.nodes = []
+        op.forget()
         with op.in_place_of(node):
             zero = node.inputs[2]
             masked = op.Where(op.Greater(pooled, zero), updates.inputs[0], zero)
@@ -230,7 +234,7 @@ def mask_pooled(graph: gs.Graph) -> None:
 
 def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Tensor] | None:
     """Of Where(y > 0, spread(e), 0): the node that gives spread(e), the one that reads e, and what was pooled of y."""
-    if node.op != "Where" or not _is_zero(node.inputs[2]):
+    if node.op != "Where" or node.metadata.get("zilc.role") == "forward" or not _is_zero(node.inputs[2]):
         return None
     greater, spread = (users.maker.get(node.inputs[k].name) for k in (0, 1))
     if greater is None or greater.op != "Greater" or not _is_zero(greater.inputs[1]):

@@ -77,7 +77,8 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
 
     With c = sqrt(1 - b2^t) the last is  p -= (lr c / (1 - b1^t))  m / (sqrt(v) + c eps), one pass over v less.  And g
     is multiplied by 1 - b1 at once, so that besides what is carried no more than two tensors of p's size are there at
-    a time: v's share is then (1 - b2) / (1 - b1)^2 of its square.
+    a time: v's share is then (1 - b2) / (1 - b1)^2 of its square.  Not in half precision, where the squares and c eps
+    would become zero, nor where that factor would make up for squares that are too small.
 
     The corrections are computed in float64, as PyTorch does: 1 - 0.999^t in float32 loses four digits at t = 1.
     """
@@ -88,9 +89,13 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
         g = op.Neg(g)
     if decay and o.name == "adam":
         g = op.Add(g, op.Mul(p, decay))
-    share = op.Mul(g, 1.0 - beta1)
+    share, factor = op.Mul(g, 1.0 - beta1), (1.0 - beta2) / (1.0 - beta1) ** 2
+    wide = dtype.itemsize > 2
+    if wide and factor <= 1:
+        squared = op.Mul(op.Mul(share, share), factor)
+    else:
+        squared = op.Mul(op.Mul(g, g), 1.0 - beta2)
     m = op.Add(op.Mul(slots["exp_avg"], beta1), share)
-    squared = op.Mul(op.Mul(share, share), (1.0 - beta2) / (1.0 - beta1) ** 2)
     v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), squared)
     following = {"exp_avg": m, "exp_avg_sq": v}
     if "max_exp_avg_sq" in slots:
@@ -100,10 +105,14 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
     lr64 = op.cast(lr, np.float64)
     t = op.cast(op.Add(step, op.constant(np.asarray(1, np.int64))), np.float64)
     correction1, correction2 = (op.Sub(1.0, op.Pow(op.constant(np.asarray(b, np.float64)), t)) for b in (beta1, beta2))
-    c = op.Sqrt(correction2)
-    eps = op.cast(op.Mul(c, float(o.options["eps"])), dtype)  # type: ignore[arg-type]
-    size = op.cast(op.Div(op.Mul(lr64, c), correction1), dtype)
-    change = op.Mul(op.Div(m, op.Add(op.Sqrt(v), eps)), size)
+    c, eps = op.Sqrt(correction2), float(o.options["eps"])  # type: ignore[arg-type]
+    if wide:
+        denominator = op.Add(op.Sqrt(v), op.cast(op.Mul(c, eps), dtype))
+        size = op.cast(op.Div(op.Mul(lr64, c), correction1), dtype)
+    else:
+        root = op.Mul(op.Sqrt(v), op.cast(op.Div(op.constant(np.asarray(1.0, np.float64)), c), dtype))
+        denominator, size = op.Add(root, eps), op.cast(op.Div(lr64, correction1), dtype)
+    change = op.Mul(op.Div(m, denominator), size)
     if decay and o.name == "adamw":
         p = op.Mul(p, op.cast(op.Sub(1.0, op.Mul(lr64, decay)), dtype))
     return op.Sub(p, change), following

@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 import zilc
@@ -115,6 +114,47 @@ def test_a_matrix_takes_its_update_from_the_product():
     assert both["v.next"].op_type == "Sub"  # there its gradient is an output
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_update_from_a_product_is_the_update(dtype):
+    """At lr = 1/4, against the gradient; with a factor of the product's own there is nothing to join."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    scaled (float[8,4] x) => (float[8,6] y) <float[6,4] v, float[6,6] w> {
+      h = Gemm<transB = 1>(x, v)
+      y = Gemm<transB = 1, alpha = 0.5>(h, w)
+    }
+    """
+    proto = model(text, dtype=dtype)
+    step, made = updates(proto, dtype)
+    both, apart = updates(proto, dtype, outputs="both")
+    for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
+        p = np.asarray(step.state[entry["name"]])
+        wanted = p - 0.25 * apart[other["grad"]]
+        np.testing.assert_allclose(made[entry["next"]], wanted, rtol=0, atol=1e-5 if dtype == "float32" else 1e-14)
+        assert np.abs(wanted - p).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "(float[3,4] x, float[3,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm<beta = 0.0>(z, w)",
+        "(float[3,4] x, float[1,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm(z, w)",
+        "(float[N,4] x, float[1,5] z) => (float[N,4] d) <float[5,4] w> { c = Gemm(z, w)",
+        "(float[2,3,4] x, float[3,5] z) => (float[2,3,4] d) <float[5,4] w> { c = Gemm(z, w)",
+        "(float[4] x, float[3,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm(z, w)",
+    ],
+)
+def test_the_models_own_differences_stay(forward):
+    """Sub(input, Gemm) of the model is no update: its operands may broadcast, and its Gemm's beta says nothing."""
+    proto = model(f'<ir_version: 10, opset_import: ["" : 18]> m {forward} d = Sub(x, c) }}')
+    step = zilc.emit_training(proto)
+    shapes = {i.name: [d.dim_value or 3 for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal(shapes[name]).astype("f") for name in ("x", "z", "target")}
+    given = initial(step, feeds, lr=0.0)
+    np.testing.assert_allclose(executor(step.model)(given)["d"], feeds["x"] - feeds["z"] @ given["w"], atol=1e-5)
+
+
 #: A Relu in front of a pool whose windows overlap, are disjoint, or reach over the edge.
 POOLED = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -158,12 +198,10 @@ def test_a_mask_behind_a_pool_gives_the_same_bits(monkeypatch, by_indices, windo
         shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in step.model.graph.value_info}
         assert [shapes[node.output[0]][2] for node in masks] == [9 if off else size]
         given = initial(step, feeds)
-        if run == "reference":
-            made.append(executor(step.model)(given))
-        else:
-            session = onnxruntime.InferenceSession(step.model.SerializeToString(), providers=["CPUExecutionProvider"])
-            names = [o.name for o in session.get_outputs()]
-            made.append(dict(zip(names, session.run(None, given), strict=True)))
+        made.append(executor(step.model, prefer=run)(given))
+        # The pool's output where it was masked behind the pool.
+        compared = {node.input[0] for node in step.model.graph.node if node.op_type == "Greater"}
+        assert compared == {"h" if off else "y"}
     assert np.any(made[0]["x.grad"])
     for name, value in made[0].items():
         assert value.tobytes() == made[1][name].tobytes(), name
@@ -194,3 +232,66 @@ def test_a_relu_with_other_readers_keeps_its_mask(by_indices):
     (mask,) = [node for node in step.model.graph.node if node.op_type == "Where"]
     made = {name: node.op_type for node in step.model.graph.node for name in node.output}
     assert made[mask.input[1]] == "Add"
+
+
+def test_two_pools_of_one_relu(by_indices):
+    """Their cotangents are added, and the sum is masked; a pool of a mask of another tensor is none of its business."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    twice (float[1,2,4,4] x) => (float[1,2,2,2] y) <float[2,2,1,1] w> {
+      a = Conv(x, w)
+      h = Relu(a)
+      p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+      q = MaxPool<kernel_shape = [3, 3]>(h)
+      y = Mul(p, q)
+    }
+    """
+    made = zilc.emit_training(model(text), outputs="grad").model.graph.node
+    assert [node.input[0] for node in made if node.op_type == "Greater"] == ["h"]
+
+
+def test_a_pool_of_another_tensor_has_another_mask(by_indices):
+    """What is pooled is above zero everywhere, where Relu's output is not."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    lifted (float[1,2,4,4] x) => (float[1,2,2,2] y) <float[2,2,1,1] w, float[1] one = {9}> {
+      a = Conv(x, w)
+      h = Relu(a)
+      s = Add(h, one)
+      y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(s)
+    }
+    """
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full((2, 2, 1, 1), 0.5, "f"), "w"))
+    made = zilc.emit_training(proto, outputs="grad", wrt=["w"]).model.graph.node
+    assert [node.input[0] for node in made if node.op_type == "Greater"] == ["h"]
+
+
+def test_the_models_own_unpooling_stays(by_indices):
+    """Values of another shape than the pool's are no cotangent of its."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    unpool (float[2,2,4,4] x) => (float[2,2,4,4] y)
+    <float[2,2,1,1] w, int64[1] all = {-1}, int64[1] size = {64}, int64[4] image = {2, 2, 4, 4},
+     float[1] nothing = {0}, float zero = {0}> {
+      a = Conv(x, w)
+      h = Relu(a)
+      p, places = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+      e = Flatten(p)
+      blank = Expand(nothing, size)
+      flat = Reshape(places, all)
+      values = Reshape(e, all)
+      s = ScatterElements<axis = 0>(blank, flat, values)
+      u = Reshape(s, image)
+      c = Greater(h, zero)
+      y = Where(c, u, zero)
+    }
+    """
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full((2, 2, 1, 1), 0.5, "f"), "w"))
+    step = zilc.emit_training(proto)
+    x = np.random.default_rng(0).standard_normal((2, 2, 4, 4)).astype("f")
+    made = executor(step.model)(initial(step, {"x": x, "target": np.zeros_like(x)}))
+    pooled_, h = made["y"], np.maximum(np.einsum("nchw,mc->nmhw", x, np.full((2, 2), 0.5, "f")), 0)
+    best = h.reshape(2, 2, 2, 2, 2, 2).max((3, 5)).repeat(2, 2).repeat(2, 3)
+    np.testing.assert_allclose(pooled_, np.where((h == best) & (h > 0), h, 0), atol=1e-6)

@@ -13,9 +13,9 @@ tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of th
 How tiles are transformed: all images, put below one another, are one image of one channel.  A convolution of that with
 the rows of B^T as filters, strided from tile to tile, transforms all of them, and what it gives has the element of
 a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Where tiles reach from
-one image into the next, that meets zeros of the other factor, or is cut off.  So finite numbers of one example leave
-another's alone, but an infinity or NaN there, times zero, can be NaN in the example before.  A batch of an open size
-gets an image of zeros where it is empty, for runtimes refuse an image without rows.
+one image into the next, that meets zeros of the other factor, or is cut off.  So one example leaves another's numbers
+alone, unless a transform of its own is not finite: times zero that can be NaN in the example before.  A batch of an
+open size gets an image of zeros where it is empty, for runtimes refuse an image without rows.
 
 Larger tiles, of 4 x 4 outputs, save more multiplications.  But in onnxruntime they are no faster (docs/PROFILE.md), and
 they are several times less accurate (tests/vjp/test_winograd.py).
@@ -185,7 +185,7 @@ def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Ten
     tiling, (m, c) = map_tiling(window), sizes.weight[:2]
     back = [1, 0, *window.spatial]
     x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
-    # The map in whole tiles, and without any where an image's tiles reach into the next.
+    # The map in whole tiles: zeros where an image's tiles reach into the next.
     front, behind = [0] * window.rank, [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
     g = op.Transpose(map_, perm=back)
     g = _tiles(op, g, sizes.map, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, front, behind, batch=1)
