@@ -16,8 +16,8 @@ from zilc.executors import executor
 LR, EPS = 2.0**-6, 1e-4
 
 
-def update(dtype: type, options: dict[str, Any]) -> Any:
-    """One update as a function of p, g, the slots, lr and step by name, in ONNX's reference evaluator."""
+def graph_of(dtype: type, options: dict[str, Any]) -> gs.Graph:
+    """One update of p by g: the next p and slots, from the slots, lr and step."""
     optimizer = optimizers.make("adam", options)
     names = ("p", "g", *optimizer.slots)
     tensors = {name: gs.Variable(name, np.dtype(dtype), [4]) for name in names}
@@ -30,7 +30,28 @@ def update(dtype: type, options: dict[str, Any]) -> Any:
         out = gs.Variable(f"{name}.next", np.dtype(dtype), [4])
         graph.nodes.append(gs.Node("Identity", inputs=[tensor], outputs=[out]))
         graph.outputs.append(out)
-    return executor(onnx_io.to_proto(graph, infer=True), prefer="reference")
+    return graph
+
+
+def test_adam_needs_room_for_two_tensors() -> None:
+    """Of p's size, besides what is carried; the gradient is a node's, and is freed as soon as all have read it."""
+    graph = graph_of(np.float32, {})
+    shaped = {t.name for t in graph.inputs if t.shape == [4]}
+    carried = {"p", "exp_avg", "exp_avg_sq"}
+    nodes = [node for node in graph.nodes if node.op != "Identity"]
+    last = {t.name: k for k, node in enumerate(nodes) for t in node.inputs}
+    # What is made of p, m and v is written over them.
+    kept = {t.name for node in graph.nodes if node.op == "Identity" for t in node.inputs}
+    alive, most = {"g"}, 1
+    for k, node in enumerate(nodes):
+        (made,) = node.outputs
+        if any(t.name in shaped for t in node.inputs):
+            shaped.add(made.name)
+            if made.name not in kept:
+                alive.add(made.name)
+        most = max(most, len(alive))
+        alive = {name for name in alive if last[name] > k and name not in carried}
+    assert most == 2
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.99, 0.99), (0.999, 0.9), (0.9999, 0.99)])
@@ -49,7 +70,8 @@ def test_adam_moves_as_the_formula_says(
     dtype: type, scale: float, tolerance: float, betas: tuple[float, float]
 ) -> None:
     """Small and large gradients, and one that is always zero; the error in units of the learning rate."""
-    run = update(dtype, {"betas": betas, "eps": EPS})
+    made_of = onnx_io.to_proto(graph_of(dtype, {"betas": betas, "eps": EPS}), infer=True)
+    run = executor(made_of, prefer="reference")
     rng = np.random.default_rng(0)
     made = {"p": np.zeros(4, dtype), "exp_avg": np.zeros(4, dtype), "exp_avg_sq": np.zeros(4, dtype)}
     m, v = np.zeros(4), np.zeros(4)

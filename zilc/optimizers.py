@@ -91,11 +91,12 @@ def _adam(o: Optimizer, op: Emitter, p: Any, g: Any, slots: Slots, lr: Any, step
         g = op.Add(g, op.Mul(p, decay))
     share, factor = op.Mul(g, 1.0 - beta1), (1.0 - beta2) / (1.0 - beta1) ** 2
     wide = dtype.itemsize > 2
+    # The order of these counts: nothing of p's size is there while a third is made.
+    m = op.Add(op.Mul(slots["exp_avg"], beta1), share)
     if wide and factor <= 1:
         squared = op.Mul(op.Mul(share, share), factor)
     else:
         squared = op.Mul(op.Mul(g, g), 1.0 - beta2)
-    m = op.Add(op.Mul(slots["exp_avg"], beta1), share)
     v = op.Add(op.Mul(slots["exp_avg_sq"], beta2), squared)
     following = {"exp_avg": m, "exp_avg_sq": v}
     if "max_exp_avg_sq" in slots:
