@@ -216,8 +216,8 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         "`--tune` measures on your own machine instead. Milliseconds in onnxruntime, medians of interleaved runs, all",
         "candidates of a site in turns; the chosen one is in bold. *lost* is the time of the choice over that of the",
         "fastest, as a geometric mean over sites; *left out* is the same on sites that were not fitted, a sixth at a",
-        "time. What follows no counts of work, in italics, is taken by `--tune` alone. Winograd's form, which rounds",
-        "less well, is taken where it saves a tenth.",
+        "time. What follows no counts of work, in italics, is taken by `--tune` alone.",
+        *([] if "cuda" in made else ["Winograd's form, which rounds less well, is taken where it saves a tenth."]),
         "",
     ]
     for target, one in made.items():

@@ -188,8 +188,8 @@ TRIED_FORMS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], int, i
     "update of a weight of [128, 784]": (
         {"w": (128, 784), "e": (20, 128), "x": (20, 784)}, (128, 784), 41, 50,
         {
-            "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
             "Gemm(e, x, W), alpha = -1": "o = Gemm <transA = 1, alpha = -1.0> (e, x, w)",
+            "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
         },
     ),
     "Softmax's derivative on [4, 8, 128, 128]": (
