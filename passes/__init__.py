@@ -14,6 +14,7 @@
    ``tracing``     what the literal loop says of each step, if asked
    ``reverse``     plain reverse mode, the yardstick, which shares only rules, order of sums and clean-up
 7. ``training``    terms, losses and optimizers as ONNX nodes around the forward graph
+   ``fold_batch_norm``  before them and after them: BatchNormalizations of running statistics into Convs
 8. ``spell_out``, ``forward_forms``  operators of the forward part in forms that runtimes have, or run faster
    ``simplify``    what emission leaves behind
 9. ``recompute``   predictions computed again to fit a memory budget, if asked: ``liveness`` counts, ``rerun`` writes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,19 @@ class Run:
     torch: dict[str, dict[str, np.ndarray]]
     steps: dict[str, Any]
     feeds: dict[str, np.ndarray]
+
+    def batches(self, count: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]]:
+        """Batches in float32, each with PyTorch's gradients by precision."""
+        model = {d: models.build(self.name, dtype=d, **SIZES.get(self.name, {})) for d in ("float32", "float64")}
+        for seed in range(count):
+            size, rng = NETWORKS[self.name], np.random.default_rng(seed)
+            drawn = models.random_feeds(model["float32"], size, rng, loss=LOSS)
+            torch = {}
+            for dtype in model:
+                feeds = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in drawn.items()}
+                inputs = {k: v for k, v in feeds.items() if k != "target"}
+                torch[dtype] = twins.torch_gradients(self.name, model[dtype], inputs, feeds["target"], LOSS)
+            yield drawn, torch
 
     @property
     def largest(self) -> float:
@@ -108,21 +122,13 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
     squares = {side: dict.fromkeys(network.zil["float32"], 0.0) for side in ("zil", "torch")}
     step = network.steps["zil/float32"]
     run, state = executor(step.model), {n: np.asarray(step.state[n]) for n in step.state}
-    model = {d: models.build(network.name, dtype=d, **SIZES.get(network.name, {})) for d in ("float32", "float64")}
-    batches = BATCHES.get(network.name, 3)
-    for seed in range(batches):
-        size, rng = NETWORKS[network.name], np.random.default_rng(seed)
-        drawn = models.random_feeds(model["float32"], size, rng, loss=LOSS)
-        torch = {}
-        for dtype in model:
-            feeds = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in drawn.items()}
-            inputs = {k: v for k, v in feeds.items() if k != "target"}
-            torch[dtype] = twins.torch_gradients(network.name, model[dtype], inputs, feeds["target"], LOSS)
+    count = BATCHES.get(network.name, 3)
+    for drawn, torch in network.batches(count):
         made = run({**drawn, **state})
         got = {p["name"]: made[p["grad"]] for p in step.signature["parameters"]}
         for side, gradients in (("zil", got), ("torch", torch["float32"])):
             for name in squares[side]:
-                squares[side][name] += relative(gradients[name], name, torch["float64"]) ** 2 / batches
+                squares[side][name] += relative(gradients[name], name, torch["float64"]) ** 2 / count
     ours, theirs = ({n: square**0.5 for n, square in squares[side].items()} for side in ("zil", "torch"))
     assert max(ours.values()) <= max(2 * max(theirs.values()), 4 * ULP)
     assert {n: (ours[n], theirs[n]) for n in ours if ours[n] > max(2 * theirs[n], 4 * ULP)} == {}
@@ -131,23 +137,28 @@ def test_float32_errs_no_more_than_twice_as_much_as_autograd(network):
 def test_updates_equal_bp_and_autograd(network):
     """The update itself, where the learning rate rides on the errors and sums over time are one product.
 
-    At lr = 1 the update is the gradient but for the rounding of p - g.
+    At lr = 1 the update is the gradient but for the rounding of p - g.  Errors in the mean of squares over batches.
     """
-    got = {}
-    for algorithm in ("zil", "bp"):
-        model = models.build(network.name, dtype="float32", **SIZES.get(network.name, {}))
-        step = zilc.emit_training(model, loss=LOSS, algorithm=algorithm)
-        feeds = {k: v.astype("f") if v.dtype.kind == "f" else v for k, v in network.feeds.items()}
-        got[algorithm] = executor(step.model)(initial(step, feeds, lr=1.0))
-    for entry in step.signature["parameters"]:
-        zil, bp = (got[a][entry["next"]] for a in ("zil", "bp"))
-        assert zil.tobytes() == bp.tobytes(), entry["name"]
-        p = np.asarray(step.state[entry["name"]], np.float64)
-        truth, theirs = (network.torch[d][entry["name"]].astype(np.float64) for d in ("float64", "float32"))
-        error = np.linalg.norm(zil - (p - truth))
-        rounding = np.linalg.norm(np.spacing(np.abs(zil)))
-        floor = 4 * ULP * max(np.linalg.norm(truth), 1e-6 * network.largest)
-        assert error <= max(2 * np.linalg.norm(theirs - truth), floor) + rounding, entry["name"]
+    model = models.build(network.name, dtype="float32", **SIZES.get(network.name, {}))
+    steps = {a: zilc.emit_training(model, loss=LOSS, algorithm=a) for a in ("zil", "bp")}
+    run = {a: executor(step.model) for a, step in steps.items()}
+    entries = steps["zil"].signature["parameters"]
+    squares = {entry["name"]: np.zeros(4) for entry in entries}  # errors, PyTorch's, roundings of p - g, gradients
+    count = BATCHES.get(network.name, 1)
+    for drawn, torch in network.batches(count):
+        got = {a: run[a](initial(steps[a], drawn, lr=1.0)) for a in steps}
+        largest = max(float(np.linalg.norm(g)) for g in torch["float64"].values())
+        for entry in entries:
+            name = entry["name"]
+            zil, bp = (got[a][entry["next"]] for a in ("zil", "bp"))
+            assert zil.tobytes() == bp.tobytes(), name
+            p = np.asarray(steps["zil"].state[name], np.float64)
+            truth, theirs = (torch[d][name].astype(np.float64) for d in ("float64", "float32"))
+            norms = [np.linalg.norm(x) for x in (zil - (p - truth), theirs - truth, np.spacing(np.abs(zil)), truth)]
+            squares[name] += np.square([*norms[:3], max(norms[3], 1e-6 * largest)]) / count
+    for name, sums in squares.items():
+        error, theirs, rounding, gradient = np.sqrt(sums)
+        assert error <= max(2 * theirs, 4 * ULP * gradient) + rounding, name
 
 
 def operators(model: onnx.ModelProto, path) -> dict[str, int]:

@@ -53,6 +53,8 @@ class Emitter:
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
         self.shared: dict[tuple, Any] = {}
+        #: Rules for single nodes, by their id, in place of those of their operators.
+        self.rules: dict[int, Any] = {}
         #: Chooses where a rule has several lowerings.
         self.lowerings = lowerings or Lowerings()
         self._prefix = "zilc"

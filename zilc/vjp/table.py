@@ -196,7 +196,7 @@ def vjp(op: Emitter, node: gs.Node, operand: int, cotangents: list[gs.Tensor | N
         a tensor of the operand's shape, or None if no gradient flows along this edge.
     """
     opset = op.graph.opset
-    rule = lookup(node, opset)
+    rule = op.rules.get(id(node)) or lookup(node, opset)
     assert rule is not None, node.op  # missing rules are reported before emission starts
     formula = rule.formula(operand)
     if formula is None:
