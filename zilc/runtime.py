@@ -36,6 +36,7 @@ from zilc.data import (
     specs,
 )
 from zilc.errors import DataError, OptionError
+from zilc.huge_pages import Gatherer
 from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource, Source
 from zilc.pipeline import TrainingStep
@@ -172,6 +173,7 @@ class Trainer:
         return [e["name"] for e in (*signature["parameters"], *signatures.of_the_model(signature))]
 
     def _reopen(self, *, cuda_graph: bool) -> None:
+        self._memory = Gatherer()
         self._opened = make_training_session(
             self._model, self._requested, self._pairs, folder=self._folder, where=self._name, cuda_graph=cuda_graph
         )
@@ -322,6 +324,8 @@ class Trainer:
         """An update was made."""
         self._side = 1 - self._side
         self.updates += 1
+        if self._loss.array is not None:
+            self._memory.ran()
         self.last.binding = binding
 
     def _ensure_whole(self) -> None:
