@@ -18,11 +18,12 @@ from zilc.graph import captured, fresh_name, hand_over
 SMALL = 1 << 18
 
 
-def simplify(graph: gs.Graph, *, updates: bool = True) -> gs.Graph:
+def simplify(graph: gs.Graph, *, updates: bool = True, target: str = "cpu") -> gs.Graph:
     """Run the clean-up (in place).
 
     Args:
         updates: the outputs are updates, no gradients.
+        target: where it will run fastest, ``cpu`` or ``cuda``.
 
     Ensures: outputs keep their names and meaning; every node lies on a path to an output.
     """
@@ -30,6 +31,8 @@ def simplify(graph: gs.Graph, *, updates: bool = True) -> gs.Graph:
     if updates:
         join_sums(graph)
         fold_updates(graph)
+        if target == "cpu":
+            multiply_masks(graph)
     return drop_dead(graph)
 
 
@@ -232,6 +235,49 @@ def mask_pooled(graph: gs.Graph) -> None:
         graph.nodes = [new for node in graph.nodes for new in (*before.get(id(node), ()), node) if new.outputs]
 
 
+#: Products and what only moves their elements: an element is infinite only if the result is too large for its type.
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_MOVES = frozenset({"Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_SUMS = frozenset({"Add", "Sum"})
+
+
+def multiply_masks(graph: gs.Graph) -> None:
+    """A mask on an error that comes of products is a factor of 0 or 1 (in place).
+
+    Before:  Where(mask, e, 0)
+    After:   Mul(e, Cast(mask))
+
+    onnxruntime's Where takes three passes on a CPU, and several times as long as both of these.  An infinite e would
+    become NaN instead of 0, so it stays where e can be infinite by rights, as a derivative at a point that is masked
+    is: of Sqrt(Relu(x)) at x < 0.  A sum of products is infinite where it overflows, and then everything is lost.
+    """
+    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    finite: set[str] = set()
+    nodes: list[gs.Node] = []
+    for node in graph.nodes:
+        operand = 1 if node.op == "Where" else 0
+        read = node.inputs if node.op in _SUMS else node.inputs[operand : operand + 1]
+        passed = bool(read) and all(t.name in finite for t in read)
+        masked = node.op == "Where" and _is_zero(node.inputs[2])
+        if node.op in _PRODUCTS or (passed and (masked or node.op in _MOVES or node.op in _SUMS)):
+            finite.update(t.name for t in node.outputs)
+        if masked and passed and node.metadata.get("zilc.role") != "forward" and _is_single(node.inputs[1]):
+            op.graph.nodes = []
+            op.forget()
+            with op.in_place_of(node):
+                made = op.Mul(node.inputs[1], op.cast(node.inputs[0], op.dtype(node.inputs[1])))
+            nodes += op.graph.nodes
+            hand_over(node, made)
+        else:
+            nodes.append(node)
+    graph.nodes = nodes
+
+
+def _is_single(tensor: gs.Tensor) -> bool:
+    """Whether the runtime computes with a tensor's type itself: half precisions are widened for products."""
+    return onnx_io.np_dtype(tensor.dtype) in (np.dtype(np.float32), np.dtype(np.float64))
+
+
 def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Tensor] | None:
     """Of Where(y > 0, spread(e), 0): the node that gives spread(e), the one that reads e, and what was pooled of y."""
     if node.op != "Where" or node.metadata.get("zilc.role") == "forward" or not _is_zero(node.inputs[2]):
@@ -246,7 +292,7 @@ def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Te
     if scatter is None or scatter.op != "ScatterElements" or users.count(scatter.outputs[0]) != 1:
         return None
     zeros, indices, updates = (users.maker.get(t.name) for t in scatter.inputs)
-    if zeros is None or zeros.op != "Expand" or not _is_zero(zeros.inputs[0]):
+    if zeros is None or zeros.op != "Expand" or not _is_less_than_itself(zeros.inputs[0], users):
         return None
     if indices is None or indices.op != "Reshape" or updates is None or updates.op != "Reshape":
         return None
@@ -256,6 +302,13 @@ def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Te
     if indices.inputs[0].name != pool.outputs[1].name or users.count(updates.outputs[0]) != 1:
         return None
     return spread, updates, pool.outputs[0]
+
+
+def _is_less_than_itself(tensor: gs.Tensor, users: Users) -> bool:
+    """Whether a tensor is zero for the reason that pools give."""
+    cast = users.maker.get(tensor.name)
+    less = None if cast is None or cast.op != "Cast" else users.maker.get(cast.inputs[0].name)
+    return less is not None and less.op == "Less" and less.inputs[0].name == less.inputs[1].name
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:

@@ -26,6 +26,7 @@ from zilc.lowerings import Lowerings, tuner_of
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, parameters
 from zilc.passes.dynamics import Dynamics
+from zilc.passes.fold_batch_norm import finish_folds, fold_batch_norms
 from zilc.passes.forward_forms import take_forms
 from zilc.passes.identities import Placement, flow_of, levelled_flow
 from zilc.passes.levels import find_levels
@@ -350,6 +351,10 @@ def emit_training(
         if getattr(node, FROZEN, False):
             training.op.adopt(node)  # rules ask for batch statistics, which are there
     make_extra_outputs(training.op, flow, reached)
+    updates = outputs == "next"
+    folds = []
+    if updates and plan.literal is None:  # gradients that are looked at are those of the literal dynamics to the bit
+        folds = fold_batch_norms(training.op, graph, set(chosen.parameters))
     traced = None
     if algorithm == "bp":
         reverse_mode(training, flow, found.levels, leaves)
@@ -361,8 +366,10 @@ def emit_training(
         how = plan.settled(dynamics.levels.depth)
         emitted = emit_literal(training, dynamics, leaves, how, full=full)
         traced = None if emitted is None else emitted.signature(how.steps)
-    graph = take_forms(training.op, spell_out(training.op, training.finish()))
-    graph = simplify(graph, updates=outputs == "next")
+    graph = training.finish()
+    finish_folds(graph, folds)
+    graph = take_forms(training.op, spell_out(training.op, graph))
+    graph = simplify(graph, updates=updates, target=target)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

@@ -295,3 +295,50 @@ def test_the_models_own_unpooling_stays(by_indices):
     pooled_, h = made["y"], np.maximum(np.einsum("nchw,mc->nmhw", x, np.full((2, 2), 0.5, "f")), 0)
     best = h.reshape(2, 2, 2, 2, 2, 2).max((3, 5)).repeat(2, 2).repeat(2, 3)
     np.testing.assert_allclose(pooled_, np.where((h == best) & (h > 0), h, 0), atol=1e-6)
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+#: Relu on products, a residual edge between them, and Relu under a root, whose derivative at 0 is infinite.
+GATED = """
+<ir_version: 10, opset_import: ["" : 18]>
+gated (float[8,4] x) => (float[8,6] y) <float[6,4] v, float[6,6] w, float[6,6] u> {
+  a1 = Gemm<transB = 1>(x, v)
+  h1 = Relu(a1)
+  a2 = Gemm<transB = 1>(h1, w)
+  h2 = Relu(a2)
+  s = Add(h2, h1)
+  a3 = Gemm<transB = 1>(s, u)
+  y = Relu(a3)
+}
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "bp"])
+def test_a_mask_on_products_is_a_factor(algorithm):
+    """Behind a product, and behind a sum of one and a masked one; not at the output, whose error is the loss's."""
+    proto = model(GATED, dtype="float64")
+    step, made = updates(proto, "float64", algorithm=algorithm)
+    both, apart = updates(proto, "float64", outputs="both", algorithm=algorithm)
+    kinds = Counter(n.op_type for n in step.model.graph.node)
+    assert kinds["Where"] == 1
+    assert kinds["Cast"] == 2
+    assert Counter(n.op_type for n in both.model.graph.node)["Where"] == 3
+    for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
+        p = np.asarray(step.state[entry["name"]])
+        assert np.abs(apart[other["grad"]]).max() > 1e-3
+        np.testing.assert_allclose(made[entry["next"]], p - 0.25 * apart[other["grad"]], rtol=0, atol=1e-14)
+
+
+def test_an_infinite_derivative_is_masked_and_not_multiplied():
+    """Of Sqrt(Relu(x)) where x < 0: 0, as in PyTorch, where 0 times infinity would be NaN."""
+    proto = model(GATED.replace("y = Relu(a3)", "h3 = Relu(a3)\n  y = Sqrt(h3)"))
+    step, made = updates(proto, "float32")
+    assert (made["y"] == 0).any()
+    assert Counter(n.op_type for n in step.model.graph.node)["Where"] == 1
+    assert all(np.isfinite(made[entry["next"]]).all() for entry in step.signature["parameters"])
+
+
+def test_a_gpu_has_a_kernel_for_masks():
+    step = zilc.emit_training(model(GATED), target="cuda")
+    assert Counter(n.op_type for n in step.model.graph.node)["Where"] == 3

@@ -84,9 +84,11 @@ def max_by_indices(
         total = int64s(op, [int(np.prod(known))])
     else:
         total = op.size_of(x)
-    zero = op.Expand(op.constant(np.zeros(1, op.dtype(x))), total)
-    # Where windows do not overlap an element is pointed at once, and overwriting is enough.
     where, updates = op.Reshape(indices, [-1]), op.Reshape(g, [-1])
+    # Zeros of a run, no constant: that a runtime would make once, keep, and copy in each run.
+    first = op.Slice(where, [0], [1], [0])
+    zero = op.Expand(op.cast(op.Less(first, first), op.dtype(x)), total)
+    # Where windows do not overlap an element is pointed at once, and overwriting is enough.
     put = op.ScatterElements if _disjoint(window) else op.add_at
     flat = put(zero, where, updates, axis=0)
     d = op.Reshape(flat, turned)
