@@ -5,7 +5,9 @@ work, each times what an item costs.  This tool measures every candidate on laye
 onnxruntime, on a CPU or a GPU, fits costs by non-negative least squares of relative errors (scipy), and says how much
 the choice loses against the fastest candidate of every site: on the sites themselves, and on sites left out of the fit.
 ``--write`` puts the costs into zilc/lowerings.json and the measurements into docs/LOWERINGS.md, those of a GPU into
-docs/LOWERINGS_CUDA.md, with the measurements beside it, which ``--refit --json FILE`` fits again on any machine.
+docs/LOWERINGS_CUDA.md, with the measurements beside it.  Those of other machines are kept, and costs are fitted to the
+geometric mean of all, so that the choice suits no processor alone.  ``--refit`` fits again to what is kept, on any
+machine; with ``--json FILE``, as ``--json`` left it on another, that is added to it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ PAGES = {"cpu": ROOT / "docs" / "LOWERINGS.md", "cuda": ROOT / "docs" / "LOWERIN
 DATA = {"cpu": ROOT / "docs" / "lowerings_cpu.json", "cuda": ROOT / "docs" / "lowerings_cuda.json"}
 
 #: (channels, filters, groups, kernel, stride, dilation, size): layers of AlexNet, VGG, ResNet18 and 50, ResNeXt,
-#: MobileNetV2, EfficientNet, ConvNeXt, DeepLab and the MNIST examples; in one dimension, of speech models.
+#: MobileNetV2, EfficientNet, ConvNeXt, DeepLab, YOLOv5, DCGAN and the MNIST examples; in one dimension, of speech
+#: models.
 IMAGES = [
     (3, 64, 1, 11, 4, 1, 224), (64, 192, 1, 5, 1, 1, 27), (192, 384, 1, 3, 1, 1, 13), (384, 256, 1, 3, 1, 1, 13),
     (3, 64, 1, 3, 1, 1, 112), (64, 128, 1, 3, 1, 1, 56), (3, 64, 1, 7, 2, 1, 224), (64, 64, 1, 3, 1, 1, 56),
@@ -61,6 +64,7 @@ IMAGES = [
     (672, 672, 672, 5, 2, 1, 14), (32, 32, 32, 5, 2, 1, 56),
     (512, 1024, 1, 1, 2, 1, 28), (128, 256, 1, 1, 2, 1, 28), (16, 32, 1, 1, 2, 1, 16), (16, 32, 1, 3, 2, 1, 32),
     (32, 64, 1, 3, 2, 1, 16), (64, 64, 1, 2, 2, 1, 56), (3, 96, 1, 4, 4, 1, 224),
+    (3, 32, 1, 6, 2, 1, 128), (64, 128, 1, 5, 2, 1, 32),
     (96, 96, 96, 7, 1, 1, 56), (192, 192, 192, 7, 1, 1, 28), (384, 384, 384, 7, 1, 1, 14),
     (128, 128, 1, 3, 1, 2, 28), (256, 256, 1, 3, 1, 4, 14), (1, 32, 1, 3, 1, 1, 28), (32, 64, 1, 3, 1, 1, 26),
     (1, 6, 1, 5, 1, 1, 28), (6, 16, 1, 5, 1, 1, 14), (16, 16, 1, 3, 1, 1, 32), (32, 32, 1, 3, 1, 1, 16),
@@ -206,8 +210,55 @@ def always(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.exp(np.mean(values))) for name, values in logs.items()}
 
 
+def pooled(machines: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of all machines as one, by kind: geometric means of milliseconds.
+
+    Args:
+        machines: what :func:`measured` gives, of each.
+
+    For a kind those machines count that measured every lowering that any did, on the sites that all of them measured.
+    """
+    joined: dict[str, list[dict[str, Any]]] = {}
+    for kind in dict.fromkeys(kind for machine in machines for kind in machine["found"]):
+        known = [machine["found"][kind] for machine in machines if kind in machine["found"]]
+        names = [{name for row in rows for name in row["ms"]} for rows in known]
+        whole = set().union(*names)
+        counted = [{row["site"]: row for row in rows} for rows, own in zip(known, names, strict=True) if own == whole]
+        first = counted[-1] if counted else {}
+        joined[kind] = [
+            {**row, "ms": {name: _mean([rows[site]["ms"].get(name) for rows in counted]) for name in row["ms"]}}
+            for site, row in first.items()
+            if all(site in rows for rows in counted)
+        ]
+    return joined
+
+
+def _mean(times: Sequence[float | None]) -> float | None:
+    """The geometric mean; None where it does not run somewhere."""
+    known = [ms for ms in times if ms is not None]
+    return float(np.exp(np.mean(np.log(known)))) if len(known) == len(times) else None
+
+
+def refit(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Costs by target, and what :func:`page` shows.
+
+    Args:
+        made: by target, what :func:`measured` gives, of each machine.
+    """
+    costs, shown = {}, {}
+    for target, machines in made.items():
+        found = pooled(machines)
+        costs[target], quality = judged(found)
+        for machine in machines if len(machines) > 1 else ():
+            for kind, rows in machine["found"].items():
+                own = lost([dict(row) for row in rows], costs[target][kind])
+                quality[kind].setdefault("machines", []).append((machine["facts"]["machine"], own))
+        shown[target] = {"facts": [machine["facts"] for machine in machines], "found": found, "quality": quality}
+    return costs, shown
+
+
 def page(made: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/LOWERINGS.md or its like for CUDA, of measurements by target."""
+    """docs/LOWERINGS.md or its like for CUDA, of what :func:`refit` gives by target."""
     lines = [
         "# Lowerings" + (" on CUDA" if "cuda" in made else ""),
         "",
@@ -221,10 +272,19 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         "",
     ]
     for target, one in made.items():
-        facts = one["facts"]
         if len(made) > 1:
             lines += [f"# Target {target}", ""]
-        lines += [f"{facts['machine']}; {facts['versions']}; {facts['date']}, load {facts['load']}.", ""]
+        several = len(one["facts"]) > 1
+        for facts in one["facts"]:
+            said = f"{facts['machine']}; {facts['versions']}; {facts['date']}, load {facts['load']}."
+            lines += [f"- {said}"] if several else [said]
+        if several:
+            lines += [
+                "",
+                "Milliseconds are geometric means of these machines, so that the choice suits no processor alone; of a",
+                "kind, those count that measured all of its lowerings.",
+            ]
+        lines.append("")
         lines += _tables(one["found"], one["quality"])
     lines += [
         "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
@@ -243,7 +303,11 @@ def _tables(found: Mapping[str, list[dict[str, Any]]], quality: Mapping[str, Any
             f"Lost: {facts['lost'][0]:.3f} (worst {facts['lost'][1]:.2f}); left out: {facts['left out'][0]:.3f} (worst "
             f"{facts['left out'][1]:.2f}). The same everywhere would lose: "
             + ", ".join(f"{name} {ratio:.2f}" for name, ratio in facts["always"].items())
-            + ".",
+            + "."
+            + "".join(
+                f" On {name.partition(' (')[0]} alone: {own[0]:.3f} (worst {own[1]:.2f})."
+                for name, own in facts.get("machines", ())
+            ),
             "",
             "| site | " + " | ".join(names) + " | lost |",
             "|---|" + "---|" * (len(names) + 1),
@@ -319,35 +383,42 @@ def main() -> None:
     parser.add_argument("--kinds", help="such as Conv.weight,MaxPool.x; by default all")
     parser.add_argument("--seconds", type=float, default=1.0, help="at most about this long for a site")
     parser.add_argument("--limit", type=float, default=math.inf, help="stop after about this many seconds a dtype")
-    parser.add_argument("--json", type=Path, help="keep the measurements here, or, with --refit, take them from here")
+    parser.add_argument("--json", type=Path, help="keep the measurements here; with --refit, add those that are here")
     parser.add_argument("--refit", action="store_true", help="measure nothing")
     parser.add_argument("--write", action="store_true", help=f"write {COSTS.name} and the page in docs")
     options = parser.parse_args()
     if options.write and options.kinds:
         parser.error("--write is for all kinds: the page and the costs are of one run")
     console = Console(stderr=True)
-    made: dict[str, dict[str, Any]] = {}
-    if options.refit:
-        made = json.loads(options.json.read_text())
-    else:
+    made: dict[str, list[dict[str, Any]]] = {}
+    if not options.refit:
         for dtype in options.dtype.split(","):
             name = options.device if dtype == "float32" else f"{options.device}, half"
-            made[name] = measured(options, dtype, console)
+            made[name] = [measured(options, dtype, console)]
             if options.json:
                 options.json.write_text(json.dumps(made, indent=1) + "\n")
-    measurements = json.dumps(made, separators=(",", ":")) + "\n"
+    elif options.json:
+        made = json.loads(options.json.read_text())
+    device = "cuda" if any(target.startswith("cuda") for target in made) else options.device
+    if not options.kinds:
+        kept = json.loads(DATA[device].read_text()) if DATA[device].exists() else {}
+        made = {target: _replaced(kept.get(target, []), made.get(target, [])) for target in {**kept, **made}}
     known = json.loads(COSTS.read_text())
-    for target, one in made.items():
-        known["costs"][target], one["quality"] = judged(one["found"])
-        known["facts"][target] = one["facts"]
-    text = page(made)
+    costs, shown = refit(made)
+    known["costs"] |= costs
+    known["facts"] |= {target: one["facts"] for target, one in shown.items()}
     if options.write:
         COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        device = "cuda" if "cuda" in made else "cpu"
-        PAGES[device].write_text(text)
-        DATA[device].write_text(measurements)
+        PAGES[device].write_text(page(shown))
+        DATA[device].write_text(json.dumps(made, separators=(",", ":")) + "\n")
     else:
-        print(text)
+        print(page(shown))
+
+
+def _replaced(kept: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``kept`` but for the machines in ``made``, and ``made``."""
+    measured_now = {one["facts"]["machine"] for one in made}
+    return [one for one in kept if one["facts"]["machine"] not in measured_now] + list(made)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ from zilc.lowerings import Lowerings
 from zilc.testing import op_model, run
 from zilc.vjp import conv, winograd
 from zilc.vjp.window import Window, conv_window
-from zilc.vjp.winograd import Tiling, fits, image_by_winograd, transforms, value_by_winograd, weight_by_winograd
+from zilc.vjp.winograd import (
+    Tiling,
+    fits,
+    image_by_winograd,
+    in_phases,
+    transforms,
+    value_by_winograd,
+    weight_by_winograd,
+)
 
 CASES = [
     _conv((2, 3, 7), (4, 3, 3)),
@@ -31,6 +39,18 @@ CASES = [
     _conv((2, 2, 3, 3), (2, 2, 3, 3), label="a single position"),
     _conv((2, 2, 6, 7), (3, 2, 2, 3), auto_pad="SAME_LOWER", label="same lower"),
     _conv((2, 1, 6, 7), (1, 1, 3, 2), auto_pad="SAME_UPPER", label="one channel"),
+]
+
+#: Taken apart into phases: taps that fill the last phase or do not, and elements that no tap reaches.
+STRIDED = [
+    _conv((2, 3, 12, 13), (4, 3, 5, 5), strides=[2, 2], pads=[2, 2, 2, 2], label="5x5/2"),
+    _conv((2, 3, 12, 11), (4, 3, 6, 5), strides=[2, 2], label="6x5/2, no pads"),
+    _conv((2, 1, 23, 24), (2, 1, 11, 11), strides=[4, 4], pads=[2, 1, 0, 3], label="11x11/4"),
+    _conv((1, 2, 15, 16), (3, 2, 7, 9), strides=[3, 3], pads=[0, 8, 6, 0], label="7x9/3, pads of all taps but one"),
+    _conv((2, 2, 9, 8), (3, 2, 4, 3), strides=[2, 2], label="4x3/2, two taps a phase"),
+    _conv((2, 2, 9, 8), (3, 2, 2, 5), strides=[3, 3], label="2x5/3, one tap a phase on an axis"),
+    _conv((2, 2, 9, 8), (3, 2, 5, 5), strides=[2, 2], auto_pad="SAME_LOWER", label="same lower"),
+    _conv((2, 2, 5, 5), (3, 2, 5, 5), strides=[2, 2], label="a single position"),
 ]
 
 
@@ -49,10 +69,10 @@ def test_the_transforms_of_three_taps_are_exact_in_float16() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_DTYPES)
 @pytest.mark.parametrize("which", ["static", "batch"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *STRIDED], ids=str)
 def test_weight(case: Case, which: str, dtype: type, tolerance: float) -> None:
     def formula(op: Emitter, x: gs.Tensor, w: gs.Tensor, g: gs.Tensor, window: Window) -> gs.Tensor:
-        assert fits(window)
+        assert fits(in_phases(window) or window)
         return weight_by_winograd(op, x, g, w, window)
 
     _same(_lower(case, which, formula, dtype), _truth(case, dtype)[1], tolerance)
@@ -144,6 +164,25 @@ def test_where_it_is_offered(dtype: str, target: str, offered: tuple[bool, bool]
     window = Window(2, 1, [1, 1], [1, 1], [1, 1], [1, 1], [3, 3], [9, 9], [9, 9])
     found = conv._weight_forms(op, x, w, window), conv._image_forms(op, w, x, window)
     assert tuple("winograd" in forms for forms in found) == offered
+
+
+@pytest.mark.parametrize(
+    ("kernel", "attrs", "offered"),
+    [([5, 6], {}, True), ([11, 9], {"strides": [4, 4]}, True), ([3, 3], {}, False), ([5, 3], {}, False),
+     ([7, 7], {}, False), ([5, 5], {"strides": [2, 3]}, False), ([5, 5], {"dilations": [2, 2]}, False),
+     ([5, 5], {"group": 2}, False)],
+    ids=str,
+)  # fmt: skip
+def test_a_strided_weight_has_it_where_each_phase_has_three_taps(
+    kernel: list[int], attrs: dict[str, Any], offered: bool
+) -> None:
+    group = attrs.get("group", 1)
+    x = gs.Variable("x", np.dtype(np.float32), [2, 4, 30, 30])
+    w = gs.Variable("w", np.dtype(np.float32), [4, 4 // group, *kernel])
+    op = Emitter(gs.Graph(opset=18))
+    plain = {"auto_pad": "NOTSET", "dilations": None, "group": 1, "kernel_shape": None, "pads": None, "strides": [2, 2]}
+    window = conv_window(op, x, w, **{**plain, **attrs})  # type: ignore[arg-type]
+    assert ("winograd" in conv._weight_forms(op, x, w, window)) == offered
 
 
 #: Size of the first axis, taps of it and pads around it: with and without tiles between an image and the next.

@@ -36,10 +36,12 @@ from zilc.vjp.table import defvjp
 from zilc.vjp.window import Window, conv_window, int64s, spatial_rank, spatial_shape, transpose_window
 from zilc.vjp.winograd import (
     HANDICAP,
+    TAPS,
     Tiling,
     fits,
     image_by_winograd,
     image_tiling,
+    in_phases,
     map_tiling,
     value_by_winograd,
     weight_by_winograd,
@@ -152,8 +154,13 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         form = partial(weight_by_columns, on_map=[0])
         found["columns, rows on the map"] = (form, rows)
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
+    phases = in_phases(window)
     if _by_winograd(op, w, window):
         found["winograd"] = (weight_by_winograd, _tile_work(counts, map_tiling(window)))
+    elif phases is not None and phases.kernel == [TAPS, TAPS] and _by_winograd(op, w, phases):
+        # With two taps a phase nothing is saved: tiles of 9 elements make 4 outputs, of 9 taps before.
+        inner = _counts_in_phases(counts, window, phases)
+        found["winograd"] = (weight_by_winograd, _tile_work(inner, map_tiling(phases)))
     if op.lowerings.target == "cuda":
         for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
@@ -244,6 +251,16 @@ def _as_it_stands(
 def _by_winograd(op: Emitter, w: gs.Tensor, window: Window) -> bool:
     """Whether there is a Winograd form: it would leave too little of sums in half precision, and is for speed."""
     return op.lowerings.target == "cpu" and op.dtype(w) == np.float32 and fits(window)
+
+
+def _counts_in_phases(counts: _Counts, window: Window, phases: Window) -> _Counts:
+    """Of the convolution without strides that has the phases of the image as channels."""
+    assert phases.kernel is not None, "static sizes"
+    assert phases.image is not None, "static sizes"
+    channels, taps = counts.channels * math.prod(window.strides), math.prod(phases.kernel)
+    return counts._replace(
+        channels=channels, weight=counts.filters * channels * taps, taps=taps, elements=math.prod(phases.image)
+    )
 
 
 def _tile_work(counts: _Counts, tiling: Tiling) -> Work:

@@ -179,9 +179,16 @@ def _sizes(op: Emitter, w: gs.Tensor, window: Window) -> _Sizes:
 def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
     """dW = G^T [sum over examples and tiles of (A map) (B^T image)^T].
 
-    The weight's and all spatial sizes must be static; the batch may be symbolic.
+    A strided window's image is taken apart first: see :func:`in_phases`.  The weight's and all spatial sizes must be
+    static; the batch may be symbolic.
     """
     sizes = _sizes(op, w, window)
+    if max(window.strides) > 1:
+        return _weight_in_phases(op, image, map_, sizes, window)
+    return _weight(op, image, map_, sizes, window)
+
+
+def _weight(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window) -> gs.Tensor:
     tiling, (m, c) = map_tiling(window), sizes.weight[:2]
     back = [1, 0, *window.spatial]
     x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
@@ -192,8 +199,44 @@ def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Ten
     x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
     products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
     taps = math.prod(tiling.taps)
-    made = op.MatMul(_constant(op, tiling.kronecker(1).T, w), op.Reshape(products, [tiling.elements, m * c]))
+    made = op.MatMul(_constant(op, tiling.kronecker(1).T, g), op.Reshape(products, [tiling.elements, m * c]))
     return op.Reshape(op.Transpose(op.Reshape(made, [taps, m, c]), perm=[1, 2, 0]), list(sizes.weight))
+
+
+def in_phases(window: Window) -> Window | None:
+    """The window without strides that is left when an image is taken apart into s x s phases, each a channel.
+
+    Tap k of a strided window is tap k / s of phase k mod s.  None where the phases are not SpaceToDepth's.
+    """
+    if window.rank != 2 or window.group > 1 or len(set(window.strides)) > 1 or window.strides[0] == 1:
+        return None
+    if max(window.dilations) > 1 or window.kernel is None or window.map is None or window.image is None:
+        return None
+    if isinstance(window.begin, gs.Tensor):
+        return None
+    if any(not 0 <= a < k for a, k in zip(window.begin, window.kernel, strict=True)):
+        return None
+    taps = [-(-k // window.strides[0]) for k in window.kernel]
+    image = [p + k - 1 for p, k in zip(window.map, taps, strict=True)]
+    return Window(2, 1, [1, 1], [1, 1], [0, 0], [0, 0], taps, image, window.map)
+
+
+def _weight_in_phases(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window) -> gs.Tensor:
+    inner, s = in_phases(window), window.strides[0]
+    assert inner is not None, "SpaceToDepth's phases"
+    assert inner.image is not None, "static sizes"
+    assert inner.kernel is not None, "static sizes"
+    # What the taps reach of the padded image, those that fill the last phases up among them.
+    reach = [n * s for n in inner.image]
+    cut = [min(n, u - a) for n, u, a in zip(sizes.image, reach, sizes.begin, strict=True)]
+    x = block(op, image, [0, 0], cut, window.spatial, sizes.image)
+    behind = [u - a - n for u, a, n in zip(reach, sizes.begin, cut, strict=True)]
+    x = op.SpaceToDepth(zero_pad(op, x, sizes.begin, behind, window.spatial), blocksize=s)
+    (m, c), (rows, columns) = sizes.weight[:2], inner.kernel
+    apart = _Sizes((m, s * s * c, rows, columns), inner.kernel, [0, 0], inner.image, sizes.map)
+    made = op.Reshape(_weight(op, x, map_, apart, inner), [m, s, s, c, rows, columns])
+    whole = op.Reshape(op.Transpose(made, perm=[0, 3, 4, 1, 5, 2]), [m, c, rows * s, columns * s])
+    return block(op, whole, [0, 0], sizes.taps, window.spatial, [rows * s, columns * s])
 
 
 def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
