@@ -7,6 +7,8 @@ in front of it, and what no output reads is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -18,11 +20,14 @@ from zilc.graph import captured, fresh_name, hand_over
 SMALL = 1 << 18
 
 
-def simplify(graph: gs.Graph, *, updates: bool = True, target: str = "cpu") -> gs.Graph:
+def simplify(
+    graph: gs.Graph, *, updates: bool = True, target: str = "cpu", data: Collection[str] = ()
+) -> gs.Graph:
     """Run the clean-up (in place).
 
     Args:
         updates: the outputs are updates, no gradients.
+        data: inputs that hold a batch.
         target: where it will run fastest, ``cpu`` or ``cuda``.
 
     Ensures: outputs keep their names and meaning; every node lies on a path to an output.
@@ -32,7 +37,7 @@ def simplify(graph: gs.Graph, *, updates: bool = True, target: str = "cpu") -> g
         join_sums(graph)
         fold_updates(graph)
         if target == "cpu":
-            multiply_masks(graph)
+            multiply_masks(graph, data)
     return drop_dead(graph)
 
 
@@ -235,42 +240,70 @@ def mask_pooled(graph: gs.Graph) -> None:
         graph.nodes = [new for node in graph.nodes for new in (*before.get(id(node), ()), node) if new.outputs]
 
 
-#: Products and what only moves their elements: an element is infinite only if the result is too large for its type.
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_MOVES = frozenset({"Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-_SUMS = frozenset({"Add", "Sum"})
+#: What is finite where all operands are, unless it is too large for its type.
+_FINITE = frozenset(
+    {"Add", "Concat", "Conv", "ConvTranspose", "DepthToSpace", "Expand", "Flatten", "Gemm", "MatMul", "Mul", "Neg",
+     "Pad", "ReduceSum", "Reshape", "ScatterElements", "Slice", "SpaceToDepth", "Squeeze", "Sub", "Sum", "Transpose",
+     "Unsqueeze"}
+)  # fmt: skip
+_COMPARISONS = frozenset({"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or"})
+#: Of these operators the operands that hold places and sizes.
+_PLACES = {"Expand": (1,), "Pad": (1, 3), "ReduceSum": (1,), "Reshape": (1,), "ScatterElements": (1,),
+           "Slice": (1, 2, 3, 4), "Squeeze": (1,), "Unsqueeze": (1,)}  # fmt: skip
 
 
-def multiply_masks(graph: gs.Graph) -> None:
-    """A mask on an error that comes of products is a factor of 0 or 1 (in place).
+def multiply_masks(graph: gs.Graph, data: Collection[str]) -> None:
+    """A mask on an error that is finite by rights is a factor of 0 or 1 (in place).
 
     Before:  Where(mask, e, 0)
     After:   Mul(e, Cast(mask))
 
     onnxruntime's Where takes three passes on a CPU, and several times as long as both of these.  An infinite e would
-    become NaN instead of 0, so it stays where e can be infinite by rights, as a derivative at a point that is masked
-    is: of Sqrt(Relu(x)) at x < 0.  A sum of products is infinite where it overflows, and then everything is lost.
+    become NaN instead of 0.  So it stays where e can be infinite by rights, as a derivative at a point that is masked
+    is (of Sqrt(Relu(x)) at x < 0), or was made of such a one.  What comes of the loss by sums and products with what
+    parameters alone make is infinite only where it overflows, and then everything is lost.
+
+    Args:
+        data: inputs that hold a batch.
     """
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
-    finite: set[str] = set()
+    fixed = {t.name for t in graph.inputs if t.name not in data}  # no batch is in it
+    finite = set(fixed)
     nodes: list[gs.Node] = []
+
+    def known(tensor: gs.Tensor, among: set[str]) -> bool:
+        return isinstance(tensor, gs.Constant) or tensor.name in among or not tensor.name
+
     for node in graph.nodes:
-        operand = 1 if node.op == "Where" else 0
-        read = node.inputs if node.op in _SUMS else node.inputs[operand : operand + 1]
-        passed = bool(read) and all(t.name in finite for t in read)
-        masked = node.op == "Where" and _is_zero(node.inputs[2])
-        if node.op in _PRODUCTS or (passed and (masked or node.op in _MOVES or node.op in _SUMS)):
-            finite.update(t.name for t in node.outputs)
-        if masked and passed and node.metadata.get("zilc.role") != "forward" and _is_single(node.inputs[1]):
+        made = [t.name for t in node.outputs if t.name]
+        places = _PLACES.get(node.op, ())
+        masked = node.op == "Where" and _is_zero(node.inputs[2]) and known(node.inputs[1], finite)
+        if not node.attrs or not captured(node):
+            if all(known(t, fixed) for t in node.inputs):
+                fixed.update(made)
+                finite.update(made)
+            bounded = node.op in _FINITE and all(
+                known(t, finite) for k, t in enumerate(node.inputs) if k not in places
+            )
+            if bounded or masked or _is_cast_mask(node) or node.metadata.get("zilc.role") == "loss":
+                finite.update(made)
+        if masked and node.metadata.get("zilc.role") != "forward" and _is_single(node.inputs[1]):
+            e, kind = node.inputs[1], onnx_io.onnx_dtype(onnx_io.np_dtype(node.inputs[1].dtype))
             op.graph.nodes = []
             op.forget()
             with op.in_place_of(node):
-                made = op.Mul(node.inputs[1], op.cast(node.inputs[0], op.dtype(node.inputs[1])))
+                factor = op.Mul(e, op.Cast(node.inputs[0], to=kind))
             nodes += op.graph.nodes
-            hand_over(node, made)
+            _take_over(factor, node.outputs[0])
         else:
             nodes.append(node)
     graph.nodes = nodes
+
+
+def _is_cast_mask(node: gs.Node) -> bool:
+    """Whether a node makes numbers of a comparison."""
+    makers = list(node.inputs[0].inputs) if node.op == "Cast" else []
+    return bool(makers) and makers[0].op in _COMPARISONS
 
 
 def _is_single(tensor: gs.Tensor) -> bool:

@@ -216,18 +216,18 @@ def pooled(machines: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, An
     Args:
         machines: what :func:`measured` gives, of each.
 
-    For a kind those machines count that measured every lowering that any did, on the sites that all of them measured.
+    For a kind those machines count that measured all lowerings of the last one, on the sites that all of them measured.
     """
     joined: dict[str, list[dict[str, Any]]] = {}
     for kind in dict.fromkeys(kind for machine in machines for kind in machine["found"]):
         known = [machine["found"][kind] for machine in machines if kind in machine["found"]]
         names = [{name for row in rows for name in row["ms"]} for rows in known]
-        whole = set().union(*names)
-        counted = [{row["site"]: row for row in rows} for rows, own in zip(known, names, strict=True) if own == whole]
-        first = counted[-1] if counted else {}
+        counted = [
+            {row["site"]: row for row in rows} for rows, own in zip(known, names, strict=True) if own >= names[-1]
+        ]
         joined[kind] = [
             {**row, "ms": {name: _mean([rows[site]["ms"].get(name) for rows in counted]) for name in row["ms"]}}
-            for site, row in first.items()
+            for site, row in counted[-1].items()
             if all(site in rows for rows in counted)
         ]
     return joined
@@ -251,6 +251,8 @@ def refit(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, An
         costs[target], quality = judged(found)
         for machine in machines if len(machines) > 1 else ():
             for kind, rows in machine["found"].items():
+                if kind not in costs[target]:
+                    continue  # of another version
                 own = lost([dict(row) for row in rows], costs[target][kind])
                 quality[kind].setdefault("machines", []).append((machine["facts"]["machine"], own))
         shown[target] = {"facts": [machine["facts"] for machine in machines], "found": found, "quality": quality}
@@ -277,6 +279,7 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         several = len(one["facts"]) > 1
         for facts in one["facts"]:
             said = f"{facts['machine']}; {facts['versions']}; {facts['date']}, load {facts['load']}."
+            said += f" {facts['note']}" if "note" in facts else ""
             lines += [f"- {said}"] if several else [said]
         if several:
             lines += [

@@ -180,8 +180,8 @@ TRIED_FORMS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], int, i
     "Relu's derivative on [20, 64, 112, 112]": (
         {"y": (20, 64, 112, 112), "g": (20, 64, 112, 112)}, (20, 64, 112, 112), 9, 1,
         {
-            "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
             "g Cast(y > 0)": "c = Greater(y, z)  s = Cast <to = 1> (c)  o = Mul(g, s)",
+            "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
             "g Sign(Relu(y))": "r = Relu(y)  s = Sign(r)  o = Mul(g, s)",
         },
     ),
@@ -306,8 +306,8 @@ convolutions' weights. One product of {large} x {large} matrices reaches {best:.
 what zilc would take beside PyTorch if everything but the products cost nothing: where that is near 1 or above, no other
 graph is faster than PyTorch, only other kernels."""
 TRIED = """What is emitted comes first. Relu's derivative as a product would turn an infinite error at a dead unit into
-NaN, so the faster form is not taken. A product with ones would save some microseconds a bias, next to nothing of a
-step. Lowerings of convolutions and pools are in [LOWERINGS.md](LOWERINGS.md)."""
+NaN: where errors can be infinite by rights, Where is emitted. A product with ones would save some microseconds a bias,
+next to nothing of a step. Lowerings of convolutions and pools are in [LOWERINGS.md](LOWERINGS.md)."""
 
 
 def row(network: str, found: list[dict[str, Any]], entry: dict[str, Any], best: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +68,12 @@ def since(before: list[Range], now: list[Range]) -> Iterator[Range]:
             start = min(old[1], end)
 
 
-def present(start: int, end: int) -> Iterator[Range]:
-    """What of a range, in whole huge pages, has memory behind it: runs of huge pages with some page that was used."""
+def used(start: int, end: int) -> Iterator[Range]:
+    """What of a range, in whole huge pages, is in use: runs of huge pages that have memory behind half of them.
+
+    Raises:
+        OSError: the system hides a process's pages from it.
+    """
     page = mmap.PAGESIZE
     first, last = -(-start // HUGE), end // HUGE
     if first >= last:
@@ -77,50 +81,54 @@ def present(start: int, end: int) -> Iterator[Range]:
     with _PAGES.open("rb") as entries:
         entries.seek(first * HUGE // page * 8)
         words = np.fromfile(entries, np.uint64, (last - first) * HUGE // page)
-    used = (words.reshape(last - first, -1) >> np.uint64(63)).any(axis=1)  # the last bit: present
-    edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
+    half = (words.reshape(last - first, -1) >> np.uint64(63)).mean(axis=1) >= 0.5  # the last bit: present
+    edges = np.flatnonzero(np.diff(half, prepend=False, append=False))
     for low, high in edges.reshape(-1, 2):
         yield (first + int(low)) * HUGE, (first + int(high)) * HUGE
 
 
-def gather(before: list[Range]) -> int:
-    """Move what was mapped since ``before`` (of :func:`mapped`) into huge pages; bytes that were.
+def gather(ranges: Iterable[Range]) -> int:
+    """Move what is used of these ranges into huge pages; bytes that were.
 
     A request that the kernel does not grant changes nothing.
 
     Raises:
-        OSError: which memory was used cannot be read.
+        OSError: as :func:`used`.
     """
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved = 0
-    for start, end in since(before, mapped()):
+    for start, end in ranges:
         low, high = -(-start // HUGE) * HUGE, end // HUGE * HUGE
         if low >= high or madvise(low, high - low, _MADV_HUGEPAGE):
             continue
         # A call ends at the first huge page without memory, and each waits for all processors: so one a run.
-        for used, unused in present(low, high):
-            if madvise(used, unused - used, _MADV_COLLAPSE) == 0:
-                moved += unused - used
+        for first, last in used(low, high):
+            if madvise(first, last - first, _MADV_COLLAPSE) == 0:
+                moved += last - first
     return moved
 
 
 class Gatherer:
-    """Gathers what is mapped while a session is made and in its first runs, once those are over.
+    """Gathers what is mapped while it is entered: while a session is made, and in its first runs, once those are over.
 
     By then onnxruntime has all the memory that it computes in; moving it takes about as long as it takes to fill.
     """
 
     def __init__(self, runs: int = 2) -> None:
-        self._before = mapped() if wanted() else None
-        self._left = runs
+        self._left = runs + 1 if wanted() else 0
+        self._before: list[Range] = []
+        self._own: list[Range] = []
 
-    def ran(self) -> None:
-        """A run is over."""
-        if self._before is None:
+    def __enter__(self) -> None:
+        if self._left:
+            self._before = mapped()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._left:
             return
+        self._own += since(self._before, mapped())
         self._left -= 1
-        if self._left == 0:
-            with contextlib.suppress(OSError):  # a system that hides a process's pages from it
-                gather(self._before)
-            self._before = None
+        if not self._left:
+            with contextlib.suppress(OSError):
+                gather(self._own)

@@ -369,7 +369,8 @@ def emit_training(
     graph = training.finish()
     finish_folds(graph, folds)
     graph = take_forms(training.op, spell_out(training.op, graph))
-    graph = simplify(graph, updates=updates, target=target)
+    data = {*training.model_inputs, *(entry["name"] for entry in training.targets)}
+    graph = simplify(graph, updates=updates, target=target, data=data)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

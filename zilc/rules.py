@@ -110,6 +110,11 @@ def operator(
     foreign.OPERATORS[domain, op] = foreign.Operator(infer, compute)
 
 
+def is_own(rule: Rule | None) -> bool:
+    """Whether a rule is zilc's, and not one that was registered in its place."""
+    return rule is not None and any(rule is own for own in _OWN.get((rule.domain, rule.op), ()))
+
+
 def like(operand: int) -> Callable[..., TensorType]:
     """For :func:`operator`: the output has the type of one operand."""
     return lambda *types, **_: types[operand]

@@ -174,9 +174,10 @@ class Trainer:
 
     def _reopen(self, *, cuda_graph: bool) -> None:
         self._memory = Gatherer()
-        self._opened = make_training_session(
-            self._model, self._requested, self._pairs, folder=self._folder, where=self._name, cuda_graph=cuda_graph
-        )
+        with self._memory:
+            self._opened = make_training_session(
+                self._model, self._requested, self._pairs, folder=self._folder, where=self._name, cuda_graph=cuda_graph
+            )
         self._session = self._opened.session
 
     def _open_session(self, model: onnx.ModelProto) -> Any:
@@ -284,7 +285,8 @@ class Trainer:
             self._loss.array[...] = math.nan  # type: ignore[index]
         try:
             try:
-                binding = self._bindings.run(self._session, self._side)
+                with self._memory:
+                    binding = self._bindings.run(self._session, self._side)
             except RecordingFailed:
                 binding = None
             if binding is None:  # out of the handler, which holds on to the session that failed and its memory
@@ -324,8 +326,6 @@ class Trainer:
         """An update was made."""
         self._side = 1 - self._side
         self.updates += 1
-        if self._loss.array is not None:
-            self._memory.ran()
         self.last.binding = binding
 
     def _ensure_whole(self) -> None:

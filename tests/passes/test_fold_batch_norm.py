@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 
 import zilc
 from tests.graphs import initial, model
-from zilc import rules
 from zilc.executors import executor
 
 #: A grouped convolution with a bias, one whose weight has two readers, and a residual edge.
@@ -130,14 +131,29 @@ def test_half_precision_is_left_alone():
     assert count(step)["BatchNormalization"] == 3
 
 
-def test_a_rule_of_the_users_stays_in_force():
-    with rules.scoped():
-        rules.defvjp(
-            "BatchNormalization", lambda op, g, y, x, s, h, m, v, **_: op.Mul(g, 3.0), None, None, None, None,
-            replace=True,
-        )  # fmt: skip
-        step = zilc.emit_training(net("float32"))
-    assert count(step)["BatchNormalization"] == 3
+@pytest.mark.parametrize("op", ["Conv", "BatchNormalization"])
+def test_a_rule_of_the_users_stays_in_force(op):
+    """Whether it is registered before zilc compiles for the first time, in a process of its own, or later."""
+    rule = {
+        "Conv": 'lambda op, g, y, x, w, b, **_: op.Mul(x, 3.0), lambda op, g, y, x, w, b, **_: op.Mul(w, 3.0), None',
+        "BatchNormalization": "lambda op, g, y, x, s, h, m, v, **_: op.Mul(g, 3.0), None, None, None, None",
+    }[op]
+    program = f"""
+from collections import Counter
+from zilc import rules
+rules.defvjp("{op}", {rule}, replace=True)
+import zilc
+from tests.passes.test_fold_batch_norm import count, net
+assert count(zilc.emit_training(net("float32"), wrt=["w1", "w2"]))["BatchNormalization"] == 3
+rules.remove("{op}")
+assert count(zilc.emit_training(net("float32")))["BatchNormalization"] == 0
+with rules.scoped():
+    rules.defvjp("{op}", {rule}, replace=True)
+    assert count(zilc.emit_training(net("float32"), wrt=["w1", "w2"]))["BatchNormalization"] == 3
+assert count(zilc.emit_training(net("float32")))["BatchNormalization"] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_node_has_a_vertex_and_the_forward_part_its_role():

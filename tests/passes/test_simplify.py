@@ -314,31 +314,107 @@ gated (float[8,4] x) => (float[8,6] y) <float[6,4] v, float[6,6] w, float[6,6] u
 """
 
 
+def operators(step: TrainingStep) -> Counter:
+    return Counter(n.op_type for n in step.model.graph.node)
+
+
 @pytest.mark.parametrize("algorithm", ["zil", "bp"])
 def test_a_mask_on_products_is_a_factor(algorithm):
-    """Behind a product, and behind a sum of one and a masked one; not at the output, whose error is the loss's."""
+    """Behind the loss, a product, and a sum of one and a masked one."""
     proto = model(GATED, dtype="float64")
     step, made = updates(proto, "float64", algorithm=algorithm)
     both, apart = updates(proto, "float64", outputs="both", algorithm=algorithm)
-    kinds = Counter(n.op_type for n in step.model.graph.node)
-    assert kinds["Where"] == 1
-    assert kinds["Cast"] == 2
-    assert Counter(n.op_type for n in both.model.graph.node)["Where"] == 3
+    assert (operators(step)["Where"], operators(step)["Cast"]) == (0, 3)
+    assert operators(both)["Where"] == 3
     for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
         p = np.asarray(step.state[entry["name"]])
         assert np.abs(apart[other["grad"]]).max() > 1e-3
         np.testing.assert_allclose(made[entry["next"]], p - 0.25 * apart[other["grad"]], rtol=0, atol=1e-14)
 
 
-def test_an_infinite_derivative_is_masked_and_not_multiplied():
-    """Of Sqrt(Relu(x)) where x < 0: 0, as in PyTorch, where 0 times infinity would be NaN."""
-    proto = model(GATED.replace("y = Relu(a3)", "h3 = Relu(a3)\n  y = Sqrt(h3)"))
-    step, made = updates(proto, "float32")
-    assert (made["y"] == 0).any()
-    assert Counter(n.op_type for n in step.model.graph.node)["Where"] == 1
-    assert all(np.isfinite(made[entry["next"]]).all() for entry in step.signature["parameters"])
+def test_errors_of_convolutions_are_finite_by_rights():
+    """Through normalizations, pools, sums over places and Winograd's transforms."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    convolved (float[2,3,8,8] x) => (float[2,5] y)
+       <float[8,3,3,3] w, float[8] s, float[8] b, float[8] m, float[8] v, float[8,8,3,3] w2, float[8,8,3,3] w3,
+        float[5,8] u> {
+      a = Conv<pads = [1, 1, 1, 1]>(x, w)
+      n = BatchNormalization(a, s, b, m, v)
+      h = Relu(n)
+      p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+      a2 = Conv<pads = [1, 1, 1, 1]>(p, w2)
+      h2 = Relu(a2)
+      a3 = Conv<pads = [1, 1, 1, 1]>(h2, w3)
+      h3 = Relu(a3)
+      q = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(h3)
+      h4 = Relu(q)
+      g = GlobalAveragePool(h4)
+      f = Flatten(g)
+      y = Gemm<transB = 1>(f, u)
+    }
+    """
+    for freeze in ((), ("w",)):  # with the normalization folded, and as it is
+        assert operators(zilc.emit_training(model(text), freeze=freeze))["Where"] == 0
+
+
+@pytest.mark.parametrize(
+    ("forward", "left", "freeze"),
+    [
+        # The root's derivative is infinite at 0, and so are products with it.
+        ("h3 = Relu(a3) y = Sqrt(h3)", 3, ()),
+        # All that a frozen product gives for an example may be infinite: its own mask is behind it.
+        ("h3 = Relu(a3) e = MatMul(h3, w) y = Sqrt(e)", 3, ("w",)),
+        # The product with another example's prediction, infinite or not.
+        ("h3 = Relu(a3) r = Reciprocal(h3) t = Transpose(r) e = MatMul(h3, t) c = Clip(e, zero, one) y = MatMul(c, h3)",
+         3, ()),
+    ],
+)  # fmt: skip
+def test_an_infinite_derivative_is_masked_and_not_multiplied(forward, left, freeze):
+    """0 where Relu is off, as in PyTorch, where 0 times infinity would be NaN."""
+    text = GATED.replace("y = Relu(a3)", forward).replace("<float[6,4] v", "<float zero, float one, float[6,4] v")
+    step = zilc.emit_training(model(text), freeze=freeze)
+    assert operators(step)["Where"] >= left
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "bp"])
+def test_an_example_that_is_off_stays_out(algorithm):
+    """Sqrt(Relu(x) W) of an example with Relu off: its error is infinite, and none of it reaches a weight."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    off (float[2,4] x) => (float[2,3] y) <float[5,4] w, float[5,3] f> {
+      a = Gemm<transB = 1>(x, w)
+      h = Relu(a)
+      e = MatMul(h, f)
+      y = Sqrt(e)
+    }
+    """
+    step = zilc.emit_training(model(text), algorithm=algorithm, freeze=["f"])
+    x = np.stack([np.full(4, 1, "f"), np.full(4, -1, "f")])
+    given = initial(step, {"x": x, "target": np.ones((2, 3), "f")})
+    given["w"] = np.abs(given["w"])
+    i = next(t for t in step.model.graph.initializer if t.name == "f")
+    i.CopyFrom(onnx.numpy_helper.from_array(np.abs(onnx.numpy_helper.to_array(i)), "f"))
+    made = executor(step.model)(given)
+    assert np.isfinite(made["w.next"]).all()
+    assert (made["w.next"] != given["w"]).any()
+
+
+def test_a_mask_of_unknown_type_is_cast_as_it_is():
+    """A condition is bool by definition; inference does not tell what a custom operator gives."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18, "my" : 1]>
+    custom (float[8,4] x) => (float[8,6] y) <float[4,6] w, float[6,6] u> {
+      a = MatMul(x, w)
+      c = my.Threshold(a)
+      z = Constant<value = float {0.0}>()
+      h = Where(c, a, z)
+      y = Gemm(h, u)
+    }
+    """
+    step = zilc.emit_training(model(text))
+    assert operators(step)["Where"] == 1  # the model's own
 
 
 def test_a_gpu_has_a_kernel_for_masks():
-    step = zilc.emit_training(model(GATED), target="cuda")
-    assert Counter(n.op_type for n in step.model.graph.node)["Where"] == 3
+    assert operators(zilc.emit_training(model(GATED), target="cuda"))["Where"] == 3

@@ -185,19 +185,16 @@ def test_a_strided_weight_has_it_where_each_phase_has_three_taps(
     assert ("winograd" in conv._weight_forms(op, x, w, window)) == offered
 
 
-#: Size of the first axis, taps of it and pads around it: with and without tiles between an image and the next.
+#: Size of the first axis, taps of it and pads around it: whole tiles or not.
 FIRST_AXIS = [
-    (size, taps, pads)
-    for size in (3, 4, 7, 8)
-    for taps in (2, 3)
-    for pads in ((0, 0), (1, 1), (0, 2), (2, 0), (2, 2))
+    (size, taps, pads) for size in (4, 7) for taps in (2, 3) for pads in ((0, 0), (1, 1), (0, 2), (2, 0), (2, 2))
 ]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("which", ["static", "batch"])
-def test_images_below_one_another(form: str, which: str) -> None:
-    """Right with any pads, and what is in one example leaves another's bits alone."""
+def test_examples_leave_one_another_alone(form: str, which: str) -> None:
+    """Right with any pads, and what is in one example changes no bit of another's, even if it is no number."""
     for size, taps, (a, b) in FIRST_AXIS:
         case = _conv((3, 2, size, 4), (3, 2, taps, 3), pads=[a, 1, b, 1])
         x, w = (np.asarray(t, np.float32) for t in case.inputs)
@@ -208,29 +205,27 @@ def test_images_below_one_another(form: str, which: str) -> None:
         _same(made, truth[form], 4e-6)
         if form != "weight":
             for t in (x, g):
-                t[1] *= -1e3
+                t[1] = np.nan
             other = Case("Conv", [x, w], case.attrs)
             beside = _lower(other, which, FORMS[form][0], np.float32, g=g)
             assert beside[[0, 2]].tobytes() == made[[0, 2]].tobytes(), (size, taps, a, b)
-            assert beside[1].tobytes() != made[1].tobytes()
+            assert np.isnan(beside[1]).any()
 
 
-@pytest.mark.parametrize(
-    ("size", "image", "begin", "rows"),
-    [
-        (7, 7, 1, 4),  # the zero in front of the next image is the one behind this
-        (6, 6, 1, 4),  # three tiles, and a row of zeros to write: one more
-        (6, 8, 0, 4),
-        (8, 6, 2, 4),
-        (5, 6, 0, 4),  # a zero behind alone
-        (5, 6, 1, 4),  # and in front alone: all seven rows are read
-        (5, 8, -1, 4),
-    ],
-)
-def test_tiles(size: int, image: int, begin: int, rows: int) -> None:
-    tiling = Tiling.over([size, 4, 5], [3, 1, 2], begin, image)
-    assert (tiling.outputs, tiling.counts[1:], tiling.lengths) == ([2, 1, 2], [4, 3], [4, 1, 3])
+def test_tiles() -> None:
+    tiling = Tiling.over([7, 4, 5], [3, 1, 2])
+    assert (tiling.outputs, tiling.counts, tiling.lengths) == ([2, 1, 2], [4, 4, 3], [4, 1, 3])
     assert tiling.elements == 12
-    assert tiling.rows == rows
-    assert tiling.tiles == rows * 4 * 3
+    assert tiling.tiles == 4 * 4 * 3
+    assert tiling.covered == [8, 4, 6]
     assert tiling.kronecker(0).shape == (4, 12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_copied_for_zeros_around_an_image(form: str) -> None:
+    """They are a convolution's own pads, and images of whole tiles need no cut behind."""
+    op = Emitter(gs.Graph(opset=18))
+    window = Window(2, 1, [1, 1], [1, 1], [1, 1], [1, 1], [3, 3], [8, 8], [8, 8])
+    shapes = {"x": [2, 4, 8, 8], "w": [4, 4, 3, 3], "g": [2, 4, 8, 8]}
+    FORMS[form][0](op, *(gs.Variable(name, np.dtype(np.float32), shape) for name, shape in shapes.items()), window)
+    assert not {"Pad", "Slice"} & {node.op for node in op.graph.nodes}

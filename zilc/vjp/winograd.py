@@ -10,12 +10,11 @@ of those of each axis.  Summed over channels, examples and tiles, the products o
 matrix product (A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016): 16 of them with
 tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of the convolution's.
 
-How tiles are transformed: all images, put below one another, are one image of one channel.  A convolution of that with
-the rows of B^T as filters, strided from tile to tile, transforms all of them, and what it gives has the element of
-a tile first, as the matrix products need it: [1, 1, C N rows, ...] -> [elements, C, N tiles].  Where tiles reach from
-one image into the next, that meets zeros of the other factor, or is cut off.  So one example leaves another's numbers
-alone, unless a transform of its own is not finite: times zero that can be NaN in the example before.  A batch of an
-open size gets an image of zeros where it is empty, for runtimes refuse an image without rows.
+How tiles are transformed: all images, put behind one another, are one image of one channel with one more axis.  A
+convolution of that with the rows of B^T as filters, of one element on that axis and strided from tile to tile on the
+others, transforms all of them.  What it gives has the element of a tile first, as the matrix products need it:
+[1, 1, C N, ...] -> [elements, C, N tiles].  The zeros around an image are the convolution's own pads, so that nothing is
+copied for them.  A batch of an open size gets an image of zeros where it is empty, for runtimes refuse none.
 
 Larger tiles, of 4 x 4 outputs, save more multiplications.  But in onnxruntime they are no faster (docs/PROFILE.md), and
 they are several times less accurate (tests/vjp/test_winograd.py).
@@ -93,29 +92,17 @@ class Tiling:
         outputs: of a tile, m; where there is a single tap, 1.
         taps: r.
         counts: tiles of an image.
-        rows: tiles on the first axis, with those that lie between an image and the next.
     """
 
     outputs: list[int]
     taps: list[int]
     counts: list[int]
-    rows: int
 
     @classmethod
-    def over(cls, sizes: Sequence[int], taps: Sequence[int], begin: int, image: int) -> Tiling:
-        """Tiles over outputs of ``sizes``.
-
-        Args:
-            begin: zeros in front of an image on the first axis; negative where the first elements are left out.
-            image: its elements there.
-        """
+    def over(cls, sizes: Sequence[int], taps: Sequence[int]) -> Tiling:
+        """Tiles over outputs of ``sizes``."""
         outputs = [1 if k == 1 else OUTPUTS for k in taps]
-        counts = [-(-n // m) for n, m in zip(sizes, outputs, strict=True)]
-        # The next image's first zeros are this one's last.  What else of it a last tile holds is the last element of
-        # tiles of two outputs, which is a factor of the output that is cut off, and of no other.
-        reach = sizes[0] + taps[0] - 1
-        needed = max(min(image + begin, reach), reach - max(begin, 0))
-        return cls(outputs, list(taps), counts, max(counts[0], -(-needed // outputs[0])))
+        return cls(outputs, list(taps), [-(-n // m) for n, m in zip(sizes, outputs, strict=True)])
 
     @property
     def lengths(self) -> list[int]:
@@ -128,13 +115,13 @@ class Tiling:
 
     @property
     def tiles(self) -> int:
-        """Of an image, with those that lie between it and the next."""
-        return self.rows * math.prod(self.counts[1:])
+        """Of an image."""
+        return math.prod(self.counts)
 
     @property
     def covered(self) -> list[int]:
-        """Outputs of all tiles of an image, those between it and the next included."""
-        return [n * m for n, m in zip([self.rows, *self.counts[1:]], self.outputs, strict=True)]
+        """Outputs of all tiles of an image, those beyond the last included."""
+        return [n * m for n, m in zip(self.counts, self.outputs, strict=True)]
 
     def kronecker(self, which: int) -> np.ndarray:
         """A^T (0), G (1) or B^T (2) of all axes."""
@@ -192,7 +179,7 @@ def _weight(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, windo
     tiling, (m, c) = map_tiling(window), sizes.weight[:2]
     back = [1, 0, *window.spatial]
     x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
-    # The map in whole tiles: zeros where an image's tiles reach into the next.
+    # The map in whole tiles.
     front, behind = [0] * window.rank, [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
     g = op.Transpose(map_, perm=back)
     g = _tiles(op, g, sizes.map, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, front, behind, batch=1)
@@ -266,18 +253,14 @@ def map_tiling(window: Window) -> Tiling:
     """Tiles of the map: of a convolution's value and its weight's gradient."""
     assert window.kernel is not None, "static sizes"
     assert window.map is not None, "static sizes"
-    assert window.image is not None, "static sizes"
-    assert isinstance(window.begin, list), "static sizes"
-    return Tiling.over(window.map, window.kernel, window.begin[0], window.image[0])
+    return Tiling.over(window.map, window.kernel)
 
 
 def image_tiling(window: Window) -> Tiling:
     """Tiles of the image: of its gradient."""
     assert window.kernel is not None, "static sizes"
     assert window.image is not None, "static sizes"
-    assert window.map is not None, "static sizes"
-    assert isinstance(window.begin, list), "static sizes"
-    return Tiling.over(window.image, window.kernel, window.kernel[0] - 1 - window.begin[0], window.map[0])
+    return Tiling.over(window.image, window.kernel)
 
 
 def _filtered(
@@ -319,16 +302,15 @@ def _filtered(
 def _image_tiles(
     op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int], *, batch: int
 ) -> gs.Tensor:
-    """B^T of all tiles of [.., .., sizes], the images padded in front: [1, elements, rows of all images, ...].
+    """B^T of all tiles of [.., .., sizes], padded in front: [1, elements, (1,) images, tiles on each axis].
 
     Args:
         batch: its axis, 0 or 1.
     """
     rank = len(sizes)
     spatial = list(range(2, 2 + rank))
-    # What the tiles reach; on the first axis in whole tiles, so that each image's begin where one does.
+    # What the tiles reach.
     reach = [n * m + r - 1 for n, m, r in zip(tiling.counts, tiling.outputs, tiling.taps, strict=True)]
-    reach[0] = tiling.rows * tiling.outputs[0]
     start = [max(-a, 0) for a in begin]
     stop = [min(n, u - a) for n, u, a in zip(sizes, reach, begin, strict=True)]
     x = block(op, x, start, stop, spatial, list(sizes))
@@ -338,14 +320,13 @@ def _image_tiles(
     return _tiles(op, x, left, tiling.kronecker(2), tiling.lengths, tiling.outputs, front, behind, batch=batch)
 
 
-def _apart(op: Emitter, x: gs.Tensor, front: int, behind: int, rank: int, *, batch: int) -> gs.Tensor:
-    """Zeros around the first spatial axis; an empty batch gets one example of zeros."""
+def _not_empty(op: Emitter, x: gs.Tensor, rank: int, *, batch: int) -> gs.Tensor:
+    """A batch of an open size with an example of zeros where there is none."""
     if not _is_open(op, x, batch):
-        return zero_pad(op, x, [front], [behind], [2])
+        return x
     missing = op.Max(op.Sub(int64s(op, [1]), op.dim_of(x, batch)), int64s(op, [0]))
-    before, after = [0, 0, front, *[0] * (rank - 1)], [behind, *[0] * (rank - 1)]
-    empty = [0] * batch  # an axis before or after the batch
-    return op.Pad(x, op.Concat(int64s(op, before + empty), missing, int64s(op, [0] * (1 - batch) + after), axis=0))
+    before, after = [0] * (2 + rank + batch), [0] * (1 - batch + rank)
+    return op.Pad(x, op.Concat(int64s(op, before), missing, int64s(op, after), axis=0))
 
 
 def _is_open(op: Emitter, x: gs.Tensor, axis: int) -> bool:
@@ -367,18 +348,14 @@ def _tiles(
 ) -> gs.Tensor:
     """Products of ``transform`` [elements, lengths] and all tiles of [.., .., sizes], the first index outermost.
 
-    Zeros between images, ``front`` and ``behind`` on the first axis, are written; those of other axes are the
-    convolution's own pads.
+    ``front`` and ``behind`` are zeros around each image.
     """
-    # One more axis keeps onnxruntime from its blocked layout of channels, out of which it would copy what was made.
-    more = [1] * (len(sizes) - 1)
+    # With three axes at least onnxruntime keeps out of its blocked layout of channels, out of which it would copy.
+    more = [1] * (3 - len(sizes))
     rows = transform.reshape(len(transform), 1, *more, *lengths)
-    # The last image's last tiles reach into nothing.
-    none, last = [0] * len(more), lengths[0] - strides[0]
-    x = _apart(op, x, front[0], behind[0], len(sizes), batch=batch)
-    x = op.Reshape(x, [1, 1, *more, -1, *sizes[1:]])
-    pads = [*none, 0, *front[1:], *none, last, *behind[1:]]
-    return op.Conv(x, _constant(op, rows, x), strides=[*more, *strides], pads=pads)
+    x = op.Reshape(_not_empty(op, x, len(sizes), batch=batch), [1, 1, *more[1:], -1, *sizes])
+    none = [0] * len(more)
+    return op.Conv(x, _constant(op, rows, x), strides=[*more, *strides], pads=[*none, *front, *none, *behind])
 
 
 def _constant(op: Emitter, array: np.ndarray, like: gs.Tensor) -> gs.Constant:
