@@ -7,7 +7,7 @@ in front of it, and what no output reads is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,13 +16,16 @@ from zilc import onnx_io
 from zilc.emit import Emitter, names_of
 from zilc.graph import captured, fresh_name, hand_over
 
+#: Constants are looked at only where they hold fewer elements; larger ones are weights.
+READ_LIMIT = 1 << 20
 #: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
 SMALL = 1 << 18
 
 
 def simplify(
-    graph: gs.Graph, *, updates: bool = True, target: str = "cpu", data: Collection[str] = ()
-) -> gs.Graph:
+    graph: gs.Graph, *, updates: bool = True, target: str = "cpu", data: Collection[str] = (),
+    bounded: Collection[str] = (),
+) -> gs.Graph:  # fmt: skip
     """Run the clean-up (in place).
 
     Args:
@@ -37,7 +40,7 @@ def simplify(
         join_sums(graph)
         fold_updates(graph)
         if target == "cpu":
-            multiply_masks(graph, data)
+            multiply_masks(graph, data, bounded)
     return drop_dead(graph)
 
 
@@ -252,7 +255,7 @@ _PLACES = {"Expand": (1,), "Pad": (1, 3), "ReduceSum": (1,), "Reshape": (1,), "S
            "Slice": (1, 2, 3, 4), "Squeeze": (1,), "Unsqueeze": (1,)}  # fmt: skip
 
 
-def multiply_masks(graph: gs.Graph, data: Collection[str]) -> None:
+def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[str]) -> None:
     """A mask on an error that is finite by rights is a factor of 0 or 1 (in place).
 
     Before:  Where(mask, e, 0)
@@ -260,33 +263,32 @@ def multiply_masks(graph: gs.Graph, data: Collection[str]) -> None:
 
     onnxruntime's Where takes three passes on a CPU, and several times as long as both of these.  An infinite e would
     become NaN instead of 0.  So it stays where e can be infinite by rights, as a derivative at a point that is masked
-    is (of Sqrt(Relu(x)) at x < 0), or was made of such a one.  What comes of the loss by sums and products with what
-    parameters alone make is infinite only where it overflows, and then everything is lost.
+    is (of Sqrt(Relu(x)) at x < 0), or was made of such a one.  What comes of bounded errors by sums and products with
+    parameters is infinite only where it overflows, and then everything is lost.
 
     Args:
         data: inputs that hold a batch.
+        bounded: errors of clamped outputs that are finite whatever the batch is.
     """
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
-    fixed = {t.name for t in graph.inputs if t.name not in data}  # no batch is in it
-    finite = set(fixed)
+    users = Users(graph)
+    finite = {t.name for t in graph.inputs if t.name not in data} | set(bounded)
+    looked_at: dict[str, bool] = {}
     nodes: list[gs.Node] = []
 
-    def known(tensor: gs.Tensor, among: set[str]) -> bool:
-        return isinstance(tensor, gs.Constant) or tensor.name in among or not tensor.name
+    def known(tensor: gs.Tensor) -> bool:
+        if not isinstance(tensor, gs.Constant):
+            return tensor.name in finite or not tensor.name
+        if tensor.name not in looked_at:
+            looked_at[tensor.name] = _size(tensor) >= READ_LIMIT or bool(np.isfinite(onnx_io.values(tensor)).all())
+        return looked_at[tensor.name]
 
     for node in graph.nodes:
-        made = [t.name for t in node.outputs if t.name]
         places = _PLACES.get(node.op, ())
-        masked = node.op == "Where" and _is_zero(node.inputs[2]) and known(node.inputs[1], finite)
-        if not node.attrs or not captured(node):
-            if all(known(t, fixed) for t in node.inputs):
-                fixed.update(made)
-                finite.update(made)
-            bounded = node.op in _FINITE and all(
-                known(t, finite) for k, t in enumerate(node.inputs) if k not in places
-            )
-            if bounded or masked or _is_cast_mask(node) or node.metadata.get("zilc.role") == "loss":
-                finite.update(made)
+        masked = node.op == "Where" and _is_zero(node.inputs[2]) and known(node.inputs[1])
+        passed = node.op in _FINITE and all(known(t) for k, t in enumerate(node.inputs) if k not in places)
+        if passed or masked or _is_cast_mask(node) or _is_inverse_deviation(node, users, known):
+            finite.update(t.name for t in node.outputs if t.name)
         if masked and node.metadata.get("zilc.role") != "forward" and _is_single(node.inputs[1]):
             e, kind = node.inputs[1], onnx_io.onnx_dtype(onnx_io.np_dtype(node.inputs[1].dtype))
             op.graph.nodes = []
@@ -300,6 +302,18 @@ def multiply_masks(graph: gs.Graph, data: Collection[str]) -> None:
     graph.nodes = nodes
 
 
+def _is_inverse_deviation(node: gs.Node, users: Users, known: Callable[[gs.Tensor], bool]) -> bool:
+    """1 / sqrt(variance + epsilon) of a finite variance, which is never negative, and a positive constant."""
+    if node.op != "Reciprocal":
+        return False
+    root = users.maker.get(node.inputs[0].name)
+    total = users.maker.get(root.inputs[0].name) if root is not None and root.op == "Sqrt" else None
+    if total is None or total.op != "Add" or total.inputs[0].inputs or not known(total.inputs[0]):
+        return False
+    epsilon = total.inputs[1]
+    return isinstance(epsilon, gs.Constant) and _size(epsilon) == 1 and bool((onnx_io.values(epsilon) > 0).all())
+
+
 def _is_cast_mask(node: gs.Node) -> bool:
     """Whether a node makes numbers of a comparison."""
     makers = list(node.inputs[0].inputs) if node.op == "Cast" else []
@@ -308,7 +322,8 @@ def _is_cast_mask(node: gs.Node) -> bool:
 
 def _is_single(tensor: gs.Tensor) -> bool:
     """Whether the runtime computes with a tensor's type itself: half precisions are widened for products."""
-    return onnx_io.np_dtype(tensor.dtype) in (np.dtype(np.float32), np.dtype(np.float64))
+    kind = onnx_io.np_dtype(tensor.dtype)
+    return kind is not None and kind in (np.float32, np.float64)
 
 
 def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Tensor] | None:

@@ -225,6 +225,8 @@ def pooled(machines: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, An
         counted = [
             {row["site"]: row for row in rows} for rows, own in zip(known, names, strict=True) if own >= names[-1]
         ]
+        # A machine that measured other sites says nothing of these.
+        counted = [rows for rows in counted if rows.keys() & counted[-1].keys()]
         joined[kind] = [
             {**row, "ms": {name: _mean([rows[site]["ms"].get(name) for rows in counted]) for name in row["ms"]}}
             for site, row in counted[-1].items()
@@ -251,9 +253,13 @@ def refit(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, An
         costs[target], quality = judged(found)
         for machine in machines if len(machines) > 1 else ():
             for kind, rows in machine["found"].items():
-                if kind not in costs[target]:
-                    continue  # of another version
-                own = lost([dict(row) for row in rows], costs[target][kind])
+                fitted = costs[target][kind]
+                # Lowerings that the last machine did not measure are none any more.
+                held = [
+                    {**row, "ms": {n: ms for n, ms in row["ms"].items() if n in fitted or n in row.get("erratic", ())}}
+                    for row in rows
+                ]
+                own = lost(held, fitted)
                 quality[kind].setdefault("machines", []).append((machine["facts"]["machine"], own))
         shown[target] = {"facts": [machine["facts"] for machine in machines], "found": found, "quality": quality}
     return costs, shown

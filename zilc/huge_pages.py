@@ -81,6 +81,8 @@ def used(start: int, end: int) -> Iterator[Range]:
     with _PAGES.open("rb") as entries:
         entries.seek(first * HUGE // page * 8)
         words = np.fromfile(entries, np.uint64, (last - first) * HUGE // page)
+    if words.size < (last - first) * HUGE // page:
+        raise OSError("the process's pages cannot be read")
     half = (words.reshape(last - first, -1) >> np.uint64(63)).mean(axis=1) >= 0.5  # the last bit: present
     edges = np.flatnonzero(np.diff(half, prepend=False, append=False))
     for low, high in edges.reshape(-1, 2):
@@ -115,8 +117,8 @@ class Gatherer:
     By then onnxruntime has all the memory that it computes in; moving it takes about as long as it takes to fill.
     """
 
-    def __init__(self, runs: int = 2) -> None:
-        self._left = runs + 1 if wanted() else 0
+    def __init__(self, runs: int = 2, *, on: bool = True) -> None:
+        self._left = runs + 1 if on and wanted() else 0
         self._before: list[Range] = []
         self._own: list[Range] = []
 

@@ -370,7 +370,9 @@ def emit_training(
     finish_folds(graph, folds)
     graph = take_forms(training.op, spell_out(training.op, graph))
     data = {*training.model_inputs, *(entry["name"] for entry in training.targets)}
-    graph = simplify(graph, updates=updates, target=target, data=data)
+    # Of the others the errors hold the target, which may be no number where the model masks its output.
+    bounded = {training.clamped[c.tensor].name for c in training.clamps if c.loss in ("cross-entropy", "none")}
+    graph = simplify(graph, updates=updates, target=target, data=data, bounded=bounded)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

@@ -40,7 +40,7 @@ from zilc.huge_pages import Gatherer
 from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource, Source
 from zilc.pipeline import TrainingStep
-from zilc.providers import CUDA, Providers, choose_providers
+from zilc.providers import CUDA, Providers, choose_providers, provider_names
 from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, make_training_session, run_error
 from zilc.trained import Ties, export_trained, without_values
 
@@ -173,7 +173,7 @@ class Trainer:
         return [e["name"] for e in (*signature["parameters"], *signatures.of_the_model(signature))]
 
     def _reopen(self, *, cuda_graph: bool) -> None:
-        self._memory = Gatherer()
+        self._memory = Gatherer(on=CUDA not in provider_names(self._requested))
         with self._memory:
             self._opened = make_training_session(
                 self._model, self._requested, self._pairs, folder=self._folder, where=self._name, cuda_graph=cuda_graph

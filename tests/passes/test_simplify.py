@@ -318,18 +318,56 @@ def operators(step: TrainingStep) -> Counter:
     return Counter(n.op_type for n in step.model.graph.node)
 
 
+def classified(proto: onnx.ModelProto, **options) -> tuple[TrainingStep, dict]:
+    """A step of cross-entropy in float64, and what it gives."""
+    step = zilc.emit_training(proto, loss="cross-entropy", **options)
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((8, 4)), "target": rng.integers(0, 6, 8)}
+    return step, executor(step.model)(initial(step, feeds, lr=0.25))
+
+
 @pytest.mark.parametrize("algorithm", ["zil", "bp"])
 def test_a_mask_on_products_is_a_factor(algorithm):
     """Behind the loss, a product, and a sum of one and a masked one."""
     proto = model(GATED, dtype="float64")
-    step, made = updates(proto, "float64", algorithm=algorithm)
-    both, apart = updates(proto, "float64", outputs="both", algorithm=algorithm)
+    step, made = classified(proto, algorithm=algorithm)
+    both, apart = classified(proto, algorithm=algorithm, outputs="both")
     assert (operators(step)["Where"], operators(step)["Cast"]) == (0, 3)
     assert operators(both)["Where"] == 3
     for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
         p = np.asarray(step.state[entry["name"]])
         assert np.abs(apart[other["grad"]]).max() > 1e-3
         np.testing.assert_allclose(made[entry["next"]], p - 0.25 * apart[other["grad"]], rtol=0, atol=1e-14)
+
+
+def test_an_error_that_holds_the_target_may_be_no_number():
+    """Missing labels as NaN, which the model masks: their masks stay, and what they give is 0."""
+    assert operators(zilc.emit_training(model(GATED)))["Where"] == 3
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "r = Relu(w) s = Pow(r, half) y = Add(x, s)",
+        "r = Relu(w) q = Reciprocal(r) n = Neg(q) s = Exp(n) y = Add(x, s)",
+        "r = Relu(w) s = Sqrt(r) y = Mul(x, s)",
+        "r = Relu(w) b = Add(r, half) c = Sub(b, half) s = Sqrt(c) q = Add(s, half) t = Reciprocal(q) y = Mul(x, t)",
+    ],
+)
+def test_what_parameters_make_may_be_infinite(forward):
+    """Derivatives of functions of a parameter, at points where Relu is off."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    bent (float[8,4] x) => (float[8,4] y) <float half, float[4] w> { FORWARD }
+    """
+    step = zilc.emit_training(model(text.replace("FORWARD", forward)), loss="cross-entropy", wrt=["w"])
+    feeds = {"x": np.random.default_rng(0).standard_normal((8, 4)).astype("f"), "target": np.arange(8) % 4}
+    given = initial(step, feeds)
+    given["w"] = np.asarray([1, -1, 2, -0.5], "f")
+    half = next((t for t in step.model.graph.initializer if t.name == "half"), None)
+    if half is not None:
+        half.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.7), "half"))
+    assert np.isfinite(executor(step.model)(given)["w.next"]).all()
 
 
 def test_errors_of_convolutions_are_finite_by_rights():
@@ -355,7 +393,7 @@ def test_errors_of_convolutions_are_finite_by_rights():
     }
     """
     for freeze in ((), ("w",)):  # with the normalization folded, and as it is
-        assert operators(zilc.emit_training(model(text), freeze=freeze))["Where"] == 0
+        assert operators(zilc.emit_training(model(text), freeze=freeze, loss="cross-entropy"))["Where"] == 0
 
 
 @pytest.mark.parametrize(
@@ -373,7 +411,7 @@ def test_errors_of_convolutions_are_finite_by_rights():
 def test_an_infinite_derivative_is_masked_and_not_multiplied(forward, left, freeze):
     """0 where Relu is off, as in PyTorch, where 0 times infinity would be NaN."""
     text = GATED.replace("y = Relu(a3)", forward).replace("<float[6,4] v", "<float zero, float one, float[6,4] v")
-    step = zilc.emit_training(model(text), freeze=freeze)
+    step = zilc.emit_training(model(text), freeze=freeze, loss="cross-entropy")
     assert operators(step)["Where"] >= left
 
 
@@ -412,7 +450,7 @@ def test_a_mask_of_unknown_type_is_cast_as_it_is():
       y = Gemm(h, u)
     }
     """
-    step = zilc.emit_training(model(text))
+    step = zilc.emit_training(model(text), loss="cross-entropy")
     assert operators(step)["Where"] == 1  # the model's own
 
 
