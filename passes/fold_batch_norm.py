@@ -10,9 +10,9 @@ weight, on g), and <.,.> the sum over all that belongs to a channel,
     dx = adjoint of (u W) on g      dW = u G      db = u sum(g)      dbias = sum(g)
     dscale_m = (<G_m, W_m> + (b_m - mean_m) sum(g)_m) / sqrt(variance_m + epsilon)
 
-for  sum g_m ((W * x)_m + b_m - mean_m)  is linear in W; where the mean is many deviations large, that difference loses
-digits as any does.  The last is why the weight has to be trained: then G is there.
-Nothing of the Conv's own output is left to keep or to pass over, and what acts on weights instead of on maps is small.
+for  sum g_m ((W * x)_m + b_m - mean_m)  is linear in W.  That is why the weight has to be trained: then G is there.
+Where the mean is many deviations large, the sum of its two terms loses digits, as any such sum does.  Nothing of the
+Conv's own output is left to keep or to pass over, and what acts on weights instead of on maps is small.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.graph import STATISTICS
+from zilc.graph import STATISTICS, hand_over
 from zilc.passes.simplify import Users
 from zilc.rules import is_own
 from zilc.vjp import table
 from zilc.vjp.conv import image_cotangent, weight_cotangent
+from zilc.vjp.norm import inverse_root, sum_to_channels
 from zilc.vjp.table import Rule
 from zilc.vjp.window import conv_window
 
@@ -62,7 +63,7 @@ class Fold:
         weight, b = (*conv.inputs[1:], None)[:2]
         scale, bias, mean, variance = norm.inputs[1:5]
         with op.in_place_of(conv):
-            r = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+            r = inverse_root(op, variance, epsilon)
             u = op.Mul(scale, r)
             columns = op.Unsqueeze(u, _taps(op, weight))
             offset = op.Sub(b, mean) if b is not None and b.name else op.Neg(mean)
@@ -94,7 +95,7 @@ class Fold:
         return op.Mul(op.Add(along, op.Mul(self.offset, self._norm_bias(op, g))), self.r)
 
     def _norm_bias(self, op: Emitter, g: gs.Tensor, *_: Any, **attrs: Any) -> gs.Tensor:
-        return op.ReduceSum(g, [0, *_taps(op, self.conv.inputs[1])[1:]], keepdims=0)
+        return sum_to_channels(op, g, len(_taps(op, self.conv.inputs[1])) + 1)
 
     def _gradient(self, op: Emitter, g: gs.Tensor) -> gs.Tensor:
         """G, chosen and emitted once for both that read it."""
@@ -144,11 +145,8 @@ def finish_folds(graph: gs.Graph, folds: list[Fold]) -> None:
     """The Conv of each pair becomes the one that is both, the BatchNormalization vanishes (in place)."""
     gone = {id(fold.norm) for fold in folds}
     for fold in folds:
-        x, output = fold.conv.inputs[0], fold.norm.outputs[0]
-        fold.norm.inputs.clear()
-        fold.norm.outputs.clear()
-        fold.conv.inputs = [x, fold.weight, fold.bias]
-        fold.conv.outputs = [output]
+        hand_over(fold.norm, fold.conv.outputs[0])
+        fold.conv.inputs = [fold.conv.inputs[0], fold.weight, fold.bias]
     graph.nodes = [node for node in graph.nodes if id(node) not in gone]
 
 

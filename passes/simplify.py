@@ -15,9 +15,8 @@ import onnx_graphsurgeon as gs
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
 from zilc.graph import captured, fresh_name, hand_over
+from zilc.passes.parameters import READ_LIMIT
 
-#: Constants are looked at only where they hold fewer elements; larger ones are weights.
-READ_LIMIT = 1 << 20
 #: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
 SMALL = 1 << 18
 
@@ -30,8 +29,8 @@ def simplify(
 
     Args:
         updates: the outputs are updates, no gradients.
-        data: inputs that hold a batch.
         target: where it will run fastest, ``cpu`` or ``cuda``.
+        data, bounded: as for :func:`multiply_masks`.
 
     Ensures: outputs keep their names and meaning; every node lies on a path to an output.
     """
@@ -99,7 +98,7 @@ def join_sums(graph: gs.Graph) -> None:
             total = parts[0]
             for part in parts[1:]:
                 total = op.Add(total, part)
-        _take_over(total, root.outputs[0])
+        hand_over(root, total)
         replaced[id(root)] = list(op.graph.nodes)
     if replaced:
         graph.nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
@@ -167,13 +166,6 @@ def _joined(group: list[gs.Node], op: Emitter) -> gs.Tensor:
         )
         return op.Gemm(left, right, **first.attrs)
     return op.ReduceSum(op.Sum(*(node.inputs[0] for node in group)), first.inputs[1], **first.attrs)
-
-
-def _take_over(made: gs.Tensor, name: gs.Tensor) -> None:
-    """Let the node that made one tensor make another instead."""
-    node = made.inputs[0]
-    name.inputs.clear()
-    node.outputs = [name]
 
 
 def fold_updates(graph: gs.Graph) -> None:
@@ -280,6 +272,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
         if not isinstance(tensor, gs.Constant):
             return tensor.name in finite or not tensor.name
         if tensor.name not in looked_at:
+            # Larger ones are never read: they are weights.
             looked_at[tensor.name] = _size(tensor) >= READ_LIMIT or bool(np.isfinite(onnx_io.values(tensor)).all())
         return looked_at[tensor.name]
 
@@ -296,7 +289,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
             with op.in_place_of(node):
                 factor = op.Mul(e, op.Cast(node.inputs[0], to=kind))
             nodes += op.graph.nodes
-            _take_over(factor, node.outputs[0])
+            hand_over(node, factor)
         else:
             nodes.append(node)
     graph.nodes = nodes

@@ -367,6 +367,16 @@ class TrainingGraph:
     def model_inputs(self) -> list[str]:
         return self._model_inputs
 
+    @property
+    def data(self) -> set[str]:
+        """Inputs that hold a batch: the model's and the targets."""
+        return {*self._model_inputs, *(entry["name"] for entry in self.targets)}
+
+    @property
+    def bounded(self) -> set[str]:
+        """Errors of clamped outputs that are finite whatever the targets are."""
+        return {self.clamped[clamp.tensor].name for clamp in self.clamps if LOSSES[clamp.loss].bounded}
+
 
 def annotate_forward(graph: gs.Graph, flow: Dataflow, levels: Levels) -> None:
     """Vertex, level and role in the metadata of every forward node (in place)."""

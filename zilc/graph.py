@@ -339,9 +339,11 @@ class Rebuild:
 
 
 def hand_over(node: gs.Node, made: gs.Variable) -> None:
-    """``node``'s first output, with its readers, becomes that of the node that makes ``made``; ``node`` is emptied."""
+    """``node``'s first output, with its readers, becomes that of the node that makes ``made``; ``node`` has none left.
+
+    What ``node`` reads goes on naming it as a reader: taking it off a constant that many nodes read is a search.
+    """
     last, output = made.inputs[0], node.outputs[0]
-    node.inputs.clear()
     node.outputs.clear()
     last.outputs.clear()
     last.outputs.append(output)

@@ -53,12 +53,14 @@ class Loss:
         emit: (op, mu, target, class axis) -> (loss of shape [], direction of mu's shape, its factor or None).
         labels: its target holds class indices.
         targeted: it has a target at all.
+        bounded: dL/dmu is finite whatever the target is, which is NaN where the model masks a label that is missing.
     """
 
     name: str
     emit: Callable[[Emitter, gs.Tensor, gs.Tensor | None, int], Emitted]
     labels: bool = False
     targeted: bool = True
+    bounded: bool = False
 
     def evaluate(
         self, op: Emitter, mu: gs.Tensor, y: gs.Tensor | None, class_axis: int
@@ -162,8 +164,8 @@ LOSSES: dict[str, Loss] = {
     for loss in (
         Loss("energy", _energy),
         Loss("mse", _mse),
-        Loss("cross-entropy", _cross_entropy, labels=True),
+        Loss("cross-entropy", _cross_entropy, labels=True, bounded=True),
         Loss("bce-with-logits", _bce_with_logits),
-        Loss("none", _none, targeted=False),
+        Loss("none", _none, targeted=False, bounded=True),
     )
 }

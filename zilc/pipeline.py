@@ -369,10 +369,7 @@ def emit_training(
     graph = training.finish()
     finish_folds(graph, folds)
     graph = take_forms(training.op, spell_out(training.op, graph))
-    data = {*training.model_inputs, *(entry["name"] for entry in training.targets)}
-    # Of the others the errors hold the target, which may be no number where the model masks its output.
-    bounded = {training.clamped[c.tensor].name for c in training.clamps if c.loss in ("cross-entropy", "none")}
-    graph = simplify(graph, updates=updates, target=target, data=data, bounded=bounded)
+    graph = simplify(graph, updates=updates, target=target, data=training.data, bounded=training.bounded)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

@@ -139,7 +139,6 @@ def test_a_rule_of_the_users_stays_in_force(op):
         "BatchNormalization": "lambda op, g, y, x, s, h, m, v, **_: op.Mul(g, 3.0), None, None, None, None",
     }[op]
     program = f"""
-from collections import Counter
 from zilc import rules
 rules.defvjp("{op}", {rule}, replace=True)
 import zilc

@@ -29,7 +29,7 @@ def _standardize(op: Emitter, x: Any, axes: list[int], epsilon: float) -> tuple[
     if op.dtype(x) == np.float64:
         centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
         variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
-        r = _inverse_root(op, variance, epsilon)
+        r = inverse_root(op, variance, epsilon)
         return op.Mul(centred, r), r
     ones = _ones(op, x, len(axes))
     normalized, _, r = op.LayerNormalization(x, ones, axis=-len(axes), epsilon=epsilon, outputs=3)
@@ -46,7 +46,8 @@ def _ones(op: Emitter, x: Any, last: int) -> gs.Tensor:
     return op.Expand(op.constant(np.ones((), op.dtype(x))), shape)
 
 
-def _inverse_root(op: Emitter, variance: Any, epsilon: float) -> gs.Tensor:
+def inverse_root(op: Emitter, variance: Any, epsilon: float) -> gs.Tensor:
+    """1/sqrt(variance + epsilon)."""
     return op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
 
 
@@ -73,7 +74,7 @@ def _other_axes(rank: int) -> list[int]:
     return [0, *range(2, rank)] if rank > 1 else [0]
 
 
-def _sum_to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
+def sum_to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
     """Sum over all axes but the channels'; [C]."""
     return op.ReduceSum(t, _other_axes(rank), keepdims=0 if rank > 1 else 1)
 
@@ -104,7 +105,7 @@ def batch_statistics(op: Emitter, x: Any, epsilon: float) -> BatchStatistics:
     mean = op.ReduceMean(x, axes, keepdims=1)
     centred = op.Sub(x, mean)
     variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
-    return BatchStatistics(mean, centred, variance, _inverse_root(op, variance, epsilon))
+    return BatchStatistics(mean, centred, variance, inverse_root(op, variance, epsilon))
 
 
 def statistics_dtype(dtype: np.dtype) -> np.dtype:
@@ -143,7 +144,7 @@ def _batch_x(
         factor = op.Mul(own.r, _channels(op, op.cast(scale, op.dtype(g)), rank))
         return op.cast(op.Mul(inner, factor), op.dtype(x))
     scale = op.cast(scale, op.dtype(x))
-    r = _inverse_root(op, op.cast(variance, op.dtype(x)), epsilon)
+    r = inverse_root(op, op.cast(variance, op.dtype(x)), epsilon)
     return op.Mul(g, _channels(op, op.Mul(scale, r), rank))
 
 
@@ -159,8 +160,8 @@ def _batch_scale(
     else:
         mean, variance = (op.cast(t, op.dtype(x)) for t in (mean, variance))
         centred = op.Sub(x, _channels(op, mean, rank))
-        summed = _sum_to_channels(op, op.Mul(g, centred), rank)
-        summed = op.Mul(summed, _inverse_root(op, variance, epsilon))
+        summed = sum_to_channels(op, op.Mul(g, centred), rank)
+        summed = op.Mul(summed, inverse_root(op, variance, epsilon))
     return op.cast(summed, op.dtype(scale))
 
 
@@ -172,7 +173,7 @@ def _batch_bias(
     if training_mode:
         _own, _g, whole, _along = _batch_sums(op, g, x, epsilon)
         return op.cast(_to_channels(op, whole, rank), op.dtype(b))
-    return op.cast(_sum_to_channels(op, g, rank), op.dtype(b))
+    return op.cast(sum_to_channels(op, g, rank), op.dtype(b))
 
 
 def _to_channels(op: Emitter, t: Any, rank: int) -> gs.Tensor:
@@ -238,7 +239,7 @@ defvjp("LayerNormalization", _layer_x, _layer_scale, _layer_bias, multi=True)
 
 def _root_mean_square(op: Emitter, x: Any, axes: list[int], epsilon: float) -> tuple[gs.Tensor, gs.Tensor]:
     """x^ = x r and r = 1/sqrt(mean(x^2) + epsilon)."""
-    r = _inverse_root(op, op.ReduceMean(op.Mul(x, x), axes, keepdims=1), epsilon)
+    r = inverse_root(op, op.ReduceMean(op.Mul(x, x), axes, keepdims=1), epsilon)
     return op.Mul(x, r), r
 
 
@@ -287,7 +288,7 @@ def _instance_scale(op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, *, 
 
 
 def _instance_bias(op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, *, epsilon: float) -> gs.Tensor:
-    return _sum_to_channels(op, g, _rank(op, x))
+    return sum_to_channels(op, g, _rank(op, x))
 
 
 defvjp("InstanceNormalization", _instance_x, _instance_scale, _instance_bias)
@@ -305,11 +306,11 @@ def _group_scale(
     op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, *, num_groups: int, epsilon: float, **_: Any
 ) -> gs.Tensor:
     normalized, _r = _grouped(op, x, num_groups, epsilon)
-    return _sum_to_channels(op, op.Mul(g, op.Reshape(normalized, op.shape_of(x))), _rank(op, x))
+    return sum_to_channels(op, op.Mul(g, op.Reshape(normalized, op.shape_of(x))), _rank(op, x))
 
 
 def _group_bias(op: Emitter, g: Any, y: Any, x: Any, scale: Any, b: Any, **_: Any) -> gs.Tensor:
-    return _sum_to_channels(op, g, _rank(op, x))
+    return sum_to_channels(op, g, _rank(op, x))
 
 
 # Opset 18's form (scale and bias by group) is deprecated: onnx's checker refuses models that hold it.
