@@ -17,6 +17,7 @@
    ``fold_batch_norm``  before them and after them: BatchNormalizations of running statistics into Convs
 8. ``spell_out``, ``forward_forms``  operators of the forward part in forms that runtimes have, or run faster
    ``simplify``    what emission leaves behind
+   ``layouts``     in which order the axes of values lie, where lowerings want another than the model's
 9. ``recompute``   predictions computed again to fit a memory budget, if asked: ``liveness`` counts, ``rerun`` writes
 
 ``contracts`` holds the predicates that passes require and ensure.  Nothing is re-exported here.

@@ -1,4 +1,4 @@
-"""Convolutions of the forward part in another form, where that is expected to be faster."""
+"""Convolutions and products of the forward part in another form, where that is expected to be faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from zilc.emit import Emitter
 from zilc.graph import hand_over
 from zilc.vjp import table
 from zilc.vjp.conv import value_lowerings
+from zilc.vjp.linear import gemm_lowerings
 from zilc.vjp.window import conv_window
 
 
 def take_forms(op: Emitter, graph: gs.Graph) -> gs.Graph:
-    """Each Conv of the forward part whose weight changes from step to step, as ``op.lowerings`` chooses (in place).
+    """Each Conv and Gemm of the forward part whose second factor is no constant, as chosen (in place).
 
     A runtime that is made for inference prepares a weight once, which it cannot where the weight is an input; where it
     is a constant it is left alone.  Value and name of the result stay, but for rounding, and for how far a NaN reaches.
@@ -30,22 +31,25 @@ def take_forms(op: Emitter, graph: gs.Graph) -> gs.Graph:
 
 def _is_candidate(node: gs.Node) -> bool:
     forward = getattr(node, "metadata", {}).get("zilc.role") == "forward"
-    return forward and node.op == "Conv" and not node.domain and isinstance(node.inputs[1], gs.Variable)
+    return forward and node.op in ("Conv", "Gemm") and not node.domain and isinstance(node.inputs[1], gs.Variable)
 
 
 def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
     """Nodes to put in the node's place; none where it stays."""
-    operands = [t for t in node.inputs if t.name]
+    operands, attributes = [t for t in node.inputs if t.name], table.attributes(node, graph.opset)
     x, w = operands[:2]
     inner = op.inside()
     with inner.in_place_of(node):
-        window = conv_window(inner, x, w, **table.attributes(node, graph.opset))
-        candidates = value_lowerings(inner, x, w, window)
+        if node.op == "Conv":
+            window = conv_window(inner, x, w, **attributes)
+            candidates, site = value_lowerings(inner, x, w, window), window.site
+        else:
+            candidates, site = gemm_lowerings(inner, x, w, **attributes), ""
         if not candidates:
             return []
-        name = op.lowerings.take(inner, "Conv", window.site, operands, candidates)
-        note = f"Conv: {name}"
-        if name == "conv":
+        name = op.lowerings.take(inner, node.op, site, operands, candidates)
+        note = f"{node.op}: {name}"
+        if name == next(iter(candidates)):
             node.metadata = {**node.metadata, "zilc.lowering": note}
             return []
         with inner.noting(lowering=note):

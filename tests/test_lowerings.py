@@ -89,7 +89,7 @@ def test_metadata_say_which_was_taken() -> None:
     assert taken == _noted(step.model)
     weights = {"Conv.weight", "Conv.weight, strided", "Conv.weight, pointwise, strided"}
     images = {"Conv.image", "Conv.image, strided", "Conv.image, pointwise, strided"}
-    assert set(taken) == {"Conv", *weights, *images, "MaxPool.x"}
+    assert set(taken) == {"Conv", "Gemm", *weights, *images, "MaxPool.x"}
     assert sum(sum(data["taken"][kind].values()) for kind in weights) == 20
 
 
@@ -125,8 +125,8 @@ def test_every_choice_is_right(batch: int) -> None:
                 # Float32 sums in another order, through 20 layers.
                 assert np.abs(gradient - truth[leaf]).max() <= 1e-4 * size, (kind, name, leaf)
     assert {kind: len(names) for kind, names in offered.items()} == {
-        "Conv": 2, "Conv.weight": 9, "Conv.weight, strided": 6, "Conv.weight, pointwise, strided": 4, "Conv.image": 3,
-        "Conv.image, strided": 2, "Conv.image, pointwise, strided": 2, "MaxPool.x": 2,
+        "Conv": 2, "Conv.weight": 11, "Conv.weight, strided": 6, "Conv.weight, pointwise, strided": 4, "Conv.image": 3,
+        "Conv.image, strided": 2, "Conv.image, pointwise, strided": 2, "MaxPool.x": 2, "Gemm": 2,
     }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from zilc.machine import gpu, processor
 from zilc.providers import choose_providers
 from zilc.vjp import table
 from zilc.vjp.conv import value_lowerings
+from zilc.vjp.linear import gemm_lowerings
 from zilc.vjp.window import conv_window
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,11 +65,13 @@ IMAGES = [
     (672, 672, 672, 5, 2, 1, 14), (32, 32, 32, 5, 2, 1, 56),
     (512, 1024, 1, 1, 2, 1, 28), (128, 256, 1, 1, 2, 1, 28), (16, 32, 1, 1, 2, 1, 16), (16, 32, 1, 3, 2, 1, 32),
     (32, 64, 1, 3, 2, 1, 16), (64, 64, 1, 2, 2, 1, 56), (3, 96, 1, 4, 4, 1, 224),
-    (3, 32, 1, 6, 2, 1, 128), (64, 128, 1, 5, 2, 1, 32),
+    (3, 32, 1, 6, 2, 1, 128), (64, 128, 1, 5, 2, 1, 32), (3, 32, 1, 3, 2, 1, 224), (128, 128, 1, 3, 2, 1, 56),
+    (256, 256, 1, 3, 2, 1, 28), (512, 512, 1, 3, 2, 1, 14), (64, 64, 1, 5, 2, 1, 64), (3, 64, 1, 11, 4, 1, 112),
     (96, 96, 96, 7, 1, 1, 56), (192, 192, 192, 7, 1, 1, 28), (384, 384, 384, 7, 1, 1, 14),
     (128, 128, 1, 3, 1, 2, 28), (256, 256, 1, 3, 1, 4, 14), (1, 32, 1, 3, 1, 1, 28), (32, 64, 1, 3, 1, 1, 26),
     (1, 6, 1, 5, 1, 1, 28), (6, 16, 1, 5, 1, 1, 14), (16, 16, 1, 3, 1, 1, 32), (32, 32, 1, 3, 1, 1, 16),
-    (64, 64, 1, 3, 1, 1, 8),
+    (64, 64, 1, 3, 1, 1, 8), (3, 8, 1, 3, 1, 1, 16), (8, 16, 1, 3, 1, 1, 8), (4, 4, 1, 3, 1, 1, 6),
+    (16, 32, 1, 3, 1, 1, 6),
 ]  # fmt: skip
 SOUNDS = [
     (1, 64, 1, 10, 5, 1, 8000), (64, 64, 1, 3, 2, 1, 1599), (80, 128, 1, 3, 1, 1, 300), (128, 128, 1, 3, 2, 1, 300),
@@ -84,6 +87,13 @@ TABLES = [
     (16, 64, 256), (32, 128, 512), (64, 64, 256), (64, 256, 128), (128, 128, 512), (128, 512, 256), (256, 64, 512),
     (256, 256, 256), (512, 128, 256), (512, 768, 128), (1024, 64, 256), (2048, 256, 256), (10000, 512, 160),
 ]  # fmt: skip
+#: (operand's width, result's width) of linear layers: AlexNet's, ResNets', of perceptrons and transformers.
+PRODUCTS = [
+    (9216, 4096), (4096, 4096), (4096, 1000), (512, 1000), (2048, 1000), (784, 128), (128, 128), (128, 10), (784, 512),
+    (768, 3072), (1024, 1024), (256, 64),
+]  # fmt: skip
+#: Rows of these.
+ROWS = (4, 20, 64)
 BATCHES = {"cpu": (4, 20), "cuda": (20, 64)}
 #: Milliseconds that keep a lowering from being taken.
 NEVER = 1e9
@@ -95,7 +105,7 @@ class Recorder(Lowerings):
     """Keeps what it is offered, and takes the first."""
 
     def __init__(self, target: str) -> None:
-        super().__init__(target)
+        super().__init__(target, whole=True)
         self.offered: list[tuple[Emitter, str, list[gs.Tensor], Mapping[str, Lowering]]] = []
 
     def choose(self, op: Emitter, kind: str, site: str, operands: Any, candidates: Any) -> tuple[str, str]:
@@ -132,6 +142,10 @@ def others(batches: Sequence[int], dtype: str) -> Iterator[tuple[str, gs.Node, i
                         kernel_shape=[k, k], strides=[s, s], pads=[pad] * 4)  # fmt: skip
             made.outputs.append(gs.Variable("indices", np.dtype(np.int64), [batch, c, out, out]))
             yield f"{batch}×{c}, {k}/{s}, {size}×{size}", made, 0
+    for rows in ROWS:
+        for into, out in PRODUCTS:
+            made = node("Gemm", dtype, [(rows, into), (out, into)], (rows, out), transB=1)
+            yield f"{rows}×{into}→{out}", made, 0
     for rows, width, count in TABLES:
         made = node("Gather", dtype, [(rows, width), (count,)], (count, width), axis=0)
         made.inputs[1].dtype = np.dtype(np.int64)
@@ -154,6 +168,9 @@ def offers(
             x, w = made.inputs
             window = conv_window(op, x, w, **table.attributes(made, 18))
             recorder.offered.append((op, "Conv", [x, w], value_lowerings(op, x, w, window)))
+        elif made.op == "Gemm":
+            forms = gemm_lowerings(op, *made.inputs, **table.attributes(made, 18))
+            recorder.offered.append((op, "Gemm", list(made.inputs), forms))
         for emitter, kind, operands, candidates in recorder.offered:
             if len(candidates) > 1 and (not kinds or kind.partition(",")[0] in kinds):
                 yield said, kind, emitter, operands, candidates
@@ -297,7 +314,8 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         lines += _tables(one["found"], one["quality"])
     lines += [
         "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
-        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read.",
+        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read. Of Gemm: rows×width of",
+        "the operand→width of the result.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -37,9 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 import zilc
-from zilc import models
+from zilc import models, pipeline
 from zilc.lowerings import Lowerings
 from zilc.machine import processor
+from zilc.passes.layouts import settle_layouts
 from zilc.vjp import winograd
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -245,6 +246,7 @@ def tried() -> dict[str, dict[str, float]]:
     made["mlp3 by threads"] = paired(dict(threads("mlp3")), 21, 200)
     made["ResNet18 by lowerings"] = paired(dict(lowerings("resnet18")), 7)
     made["ResNet18 by Winograd's tiles"] = paired(dict(tiles("resnet18")), 7)
+    made["ResNet18 by Transposes to spatial axes first and back"] = paired(dict(layouts("resnet18")), 7)
     return made
 
 
@@ -288,6 +290,15 @@ def tiles(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
             step, feeds = example(network)
         trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
         yield f"{outputs} × {outputs} outputs", functools.partial(trainer.step, feeds)
+
+
+def layouts(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps with Transposes moved to where the fewest elements are transposed, and left where lowerings put them."""
+    for name, settle in {"moved": settle_layouts, "where forms begin and end": lambda graph: graph}.items():
+        with mock.patch.object(pipeline, "settle_layouts", settle):
+            step, feeds = example(network)
+        trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
+        yield name, functools.partial(trainer.step, feeds)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ FROZEN = "zilc_frozen"
 STATISTICS = "zilc_statistics"
 #: Attribute of a Cast that mixed precision put in.
 PRECISION = "zilc_precision"
+#: Attribute of a Transpose at which computing with spatial axes first begins (True) or ends (False): it may be moved
+#: (:mod:`zilc.passes.layouts`).
+SPATIAL_FIRST = "zilc_spatial_first"
 #: Metadata of a node that is something else in inference form: see :func:`zilc.session.inference_form`.
 INFERENCE = "zilc.inference"
 
@@ -264,7 +267,7 @@ def copy_node(
     )
     made.metadata = dict(getattr(node, "metadata", {}))
     made.doc_string = getattr(node, "doc_string", "")
-    for mark in (INSERTED, FROZEN, STATISTICS, PRECISION):
+    for mark in (INSERTED, FROZEN, STATISTICS, PRECISION, SPATIAL_FIRST):
         if hasattr(node, mark):
             setattr(made, mark, getattr(node, mark))
     return made
@@ -343,7 +346,13 @@ def hand_over(node: gs.Node, made: gs.Variable) -> None:
 
     What ``node`` reads goes on naming it as a reader: taking it off a constant that many nodes read is a search.
     """
-    last, output = made.inputs[0], node.outputs[0]
+    output = node.outputs[0]
     node.outputs.clear()
-    last.outputs.clear()
-    last.outputs.append(output)
+    name_anew(made, output)
+
+
+def name_anew(made: gs.Variable, output: gs.Variable) -> None:
+    """The node that makes ``made`` makes ``output`` instead, which no node makes."""
+    maker = made.inputs[0]
+    maker.outputs.clear()
+    maker.outputs.append(output)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Where a training graph's metadata say which lowerings were taken.
 KEY = "zilc.lowerings"
+#: Counted up when what a lowering's name stands for changes: what was measured before is measured again.
+_FORMS = 2
 #: Examples in a batch whose size is open when the choice is made.
 BATCH = 16
 
@@ -49,12 +51,15 @@ class Lowering:
         work: how much of what it does, by name, for the sizes at hand.
         erratic: its time does not follow from counts of work, so it is taken only where it was measured.
         handicap: its time is multiplied by this in the choice: what rounds less well has to save as much.
+        timed: what is measured in its place, where it begins or ends with something that its neighbours are expected to
+            take away.
     """
 
     emit: Callable[..., gs.Tensor]
     work: Mapping[str, float]
     erratic: bool = False
     handicap: float = 1.0
+    timed: Callable[..., gs.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,13 @@ class Lowerings:
         target: what the costs were fitted for.
         tuner: measures instead, if there is one.
         taken: the choices so far.
+        whole: candidates are all that there are, those that are not expected to fit in included: to fit their costs.
     """
 
     target: str = "cpu"
     tuner: Tuner | None = None
     taken: list[Taken] = field(default_factory=list)
+    whole: bool = False
 
     def emit(
         self, op: Emitter, kind: str, site: str, operands: Sequence[gs.Tensor], candidates: Mapping[str, Lowering]
@@ -197,7 +204,7 @@ class Tuner:
             hint = "Tune where it will run, or leave --tune out: then costs decide that zilc brings along."
             raise RuntimeMissing(error.what, where=f"--tune --target {target}", hint=hint) from error
         where = gpu().get("GPU", "") if target == "cuda" else f"{processor()}, {os.cpu_count()} processors"
-        self.machine = f"{where}, onnxruntime {import_onnxruntime().__version__}"
+        self.machine = f"{where}, onnxruntime {import_onnxruntime().__version__}, forms {_FORMS}"
         self._known: dict[str, Any] = self._read()
         #: How many sites were measured, not remembered.
         self.measured = 0
@@ -234,7 +241,7 @@ class Tuner:
             times = measure(op, operands, candidates, self.providers, seconds=self.seconds)
             self.measured += 1
             if any(ms is not None for ms in times.values()):
-                mine[key] = times
+                mine[key] = {**mine.get(key, {}), **times}
                 self._write()
         ran = {name: times[name] for name in candidates if times.get(name) is not None}
         return min(ran, key=lambda name: ran[name] * candidates[name].handicap) if ran else None
@@ -321,13 +328,14 @@ def _runner(
     graph = gs.Graph(inputs=list(inputs), opset=op.graph.opset)
     graph.import_domains = [onnx.helper.make_opsetid("", op.graph.opset)]
     own = Fresh(graph, lowerings=Lowerings(op.lowerings.target))
-    made = candidate.emit(own, *inputs)
+    made = (candidate.timed or candidate.emit)(own, *inputs)
     result = gs.Variable("result", dtype=own.dtype(made) if made.dtype is not None else None)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))
     graph.outputs = [result]
     model = onnx_io.to_proto(graph, infer=True)
     on_cuda = CUDA in provider_names(providers)
-    session = (recording_session(model, providers) if on_cuda else None) or make_session(model, providers)
+    session = recording_session(model, providers) if on_cuda else None
+    session = session or make_session(model, providers, spinning=False)  # candidates run in turns
     binding, device = session.io_binding(), ("cuda" if on_cuda else "cpu", 0)
     for given in session.get_inputs():
         array = feeds[given.name]

@@ -29,6 +29,7 @@ from zilc.passes.dynamics import Dynamics
 from zilc.passes.fold_batch_norm import finish_folds, fold_batch_norms
 from zilc.passes.forward_forms import take_forms
 from zilc.passes.identities import Placement, flow_of, levelled_flow
+from zilc.passes.layouts import settle_layouts
 from zilc.passes.levels import find_levels
 from zilc.passes.literal import Literal as LiteralRun
 from zilc.passes.literal import emit_literal
@@ -370,6 +371,8 @@ def emit_training(
     finish_folds(graph, folds)
     graph = take_forms(training.op, spell_out(training.op, graph))
     graph = simplify(graph, updates=updates, target=target, data=training.data, bounded=training.bounded)
+    if updates and plan.literal is None:
+        graph = settle_layouts(graph)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

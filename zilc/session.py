@@ -48,17 +48,23 @@ class TrainingSession:
         return not self.over or (failed is not None and failed[1] in self.harmless)
 
 
-def make_session(model: onnx.ModelProto, providers: Providers, *, folder: str = "", where: str | None = None) -> Any:
+def make_session(
+    model: onnx.ModelProto, providers: Providers, *, folder: str = "", where: str | None = None, spinning: bool = True
+) -> Any:
     """A session that prints nothing.
 
     Args:
         folder: of external data.
         where: what to call the model in messages.
+        spinning: after a run its threads wait for the next one awake, which takes time from other sessions.
 
     Raises:
         ModelError: onnxruntime does not take it.
     """
-    return _open(model, _options(model, folder, providers), providers, where)
+    options = _options(model, folder, providers)
+    if not spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return _open(model, options, providers, where)
 
 
 def make_training_session(

@@ -39,18 +39,6 @@ def net() -> onnx.ModelProto:
     return made
 
 
-@pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd's form wherever there is one."""
-    choose = Lowerings.choose
-
-    def winograd(self: Lowerings, op: Any, kind: str, site: str, operands: Any, candidates: Any) -> tuple[str, str]:
-        found = choose(self, op, kind, site, operands, candidates)
-        return ("winograd", "fitted") if "winograd" in candidates else found
-
-    monkeypatch.setattr(Lowerings, "choose", winograd)
-
-
 def _facts(node: onnx.NodeProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
@@ -150,3 +138,38 @@ def test_within_a_memory_budget(net: onnx.ModelProto, forced: None) -> None:
             assert again
             return
     pytest.fail("nothing was computed again")
+
+
+#: Operators that have the other form, and those that do not: of one row or many, transposed otherwise, scaled.
+PRODUCTS = """
+<ir_version: 10, opset_import: ["" : 18]>
+net (float[{rows},5] x) => (float[{rows},2] y)
+<float[4,5] u, float[4] b, float[4,4] v, float[4,4] w, float[2,4] t> {{
+  [first] a = Gemm<transB = 1>(x, u, b)
+  [second] c = Gemm<transB = 1>(a, v)
+  [third] d = Gemm(c, w, b)
+  e = Tanh(d)
+  [fourth] y = Gemm<transB = 1, alpha = 0.5>(e, t)
+}}
+"""
+
+
+@pytest.mark.parametrize(("rows", "turned"), [("N", 2), ("3", 2), ("1", 0), ("65", 0)])
+def test_products_with_the_weight_first(rows: str, turned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = model(PRODUCTS.format(rows=rows))
+    count = 3 if rows == "N" else int(rows)
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((count, 5), np.float32), "target": rng.standard_normal((count, 2), np.float32)}
+    found = []
+    for name in ("gemm", "turned"):
+        monkeypatch.setattr(Lowerings, "choose", lambda self, op, kind, site, operands, candidates, name=name: (
+            name if kind == "Gemm" else next(iter(candidates)), "fitted"))  # fmt: skip
+        step = zilc.emit_training(proto)
+        assert step.report["lowerings"]["taken"].get("Gemm", {}) == ({name: turned} if turned else {})
+        trainer = zilc.Trainer(step, lr=0.1, providers=["CPUExecutionProvider"])
+        trainer.step(feeds)
+        found.append({**trainer.last, **trainer.state})
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-6)
+    kinds = [node.op_type for node in step.model.graph.node if node.name.startswith(("first", "second"))]
+    assert ("Gemm" in kinds) == (not turned)

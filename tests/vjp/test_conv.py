@@ -216,6 +216,25 @@ def test_every_weight_lowering(name: str, which: str, dtype: type, tolerance: fl
     assert checked or (name.startswith(("columns", "taps")) and which in ("sizes", "all"))
 
 
+POINTWISE = [
+    _conv((2, 3, 7), (4, 3, 1), strides=[2]),
+    _conv((2, 3, 4, 5), (4, 3, 1, 1)),
+    _conv((3, 2, 5, 6), (4, 2, 1, 1), strides=[2, 2], label="by 2"),
+    _conv((2, 3, 5, 6), (1, 3, 1, 1), strides=[1, 3], pads=[1, 0, 2, 1], label="by 1 and 3, with pads"),
+    _conv((2, 3, 3, 4, 3), (2, 3, 1, 1, 1), strides=[2, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), BOTH_DTYPES)
+@pytest.mark.parametrize("which", ["static", "batch"])
+@pytest.mark.parametrize("case", POINTWISE, ids=str)
+def test_rows_of_channels(case: Case, which: str, dtype: type, tolerance: float) -> None:
+    def formula(op, x, w, g, window):
+        return conv_lowerings.weight_by_rows(op, x, g, w, window)
+
+    _same(_lower(case, which, formula, dtype), _truth(case, dtype)[1], tolerance)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), BOTH_DTYPES)
 @pytest.mark.parametrize("batched", [False, True], ids=["one product", "by example"])
 @pytest.mark.parametrize("case", CONV, ids=str)

@@ -29,11 +29,21 @@ from zilc.vjp.conv_lowerings import (
     image_by_transpose,
     weight_by_columns,
     weight_by_gather,
+    weight_by_rows,
     weight_by_swapped_conv,
     weight_by_volume_conv,
 )
 from zilc.vjp.table import defvjp
-from zilc.vjp.window import Window, conv_window, int64s, spatial_rank, spatial_shape, transpose_window
+from zilc.vjp.window import (
+    Window,
+    channels_first,
+    conv_window,
+    int64s,
+    spatial_first,
+    spatial_rank,
+    spatial_shape,
+    transpose_window,
+)
 from zilc.vjp.winograd import (
     HANDICAP,
     TAPS,
@@ -47,6 +57,10 @@ from zilc.vjp.winograd import (
     weight_by_winograd,
 )
 
+#: Winograd's form where the values around it are expected to have spatial axes first as well, and where not.
+AMONG, ALONE = "winograd", "winograd alone"
+#: Elements of float32 up to which reading them again costs little (32 MiB), by the measurements.
+_CACHED = 1 << 23
 #: Elements of an index that is kept on the device with the graph.
 _INDEX = 1 << 22
 Form = Callable[..., gs.Tensor]
@@ -96,28 +110,66 @@ def _kind(op: Emitter, operand: str, w: gs.Tensor, window: Window) -> str:
 
 
 def lowerings_of(
-    forms: Mapping[str, tuple[Form, Work]], window: Window, erratic: Collection[str] = ()
+    forms: Mapping[str, tuple[Form, Work]], window: Window, erratic: Collection[str] = (), images: Collection[int] = (),
+    *, gives_image: bool = False,
 ) -> dict[str, Lowering]:
-    """Forms with their work as candidates."""
-    return {
-        name: Lowering(
-            partial(form, window=window), work, name in erratic, HANDICAP if name == "winograd" else 1.0
-        )
-        for name, (form, work) in forms.items()
-    }  # fmt: skip
+    """Forms with their work as candidates.
+
+    Args:
+        images: which operands are images or maps; :data:`AMONG` is measured with these in the order of axes that it
+            takes them in.
+        gives_image: what is computed is one, too.
+    """  # fmt: skip
+    made: dict[str, Lowering] = {}
+    for name, (form, work) in forms.items():
+        emit, handicap = partial(form, window=window), HANDICAP if name.startswith("winograd") else 1.0
+        timed = partial(_among_others, emit, images, gives_image) if name == AMONG else None
+        made[name] = Lowering(emit, work, name in erratic, handicap, timed)
+    return made
 
 
-def weight_cotangent(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
-    """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes."""
+def _among_others(
+    emit: Form, images: Collection[int], gives_image: bool, op: Emitter, *operands: gs.Tensor
+) -> gs.Tensor:
+    """A form whose operands come with spatial axes first, and whose result is taken so."""
+    given = [_as_if_spatial_first(op, x) if k in images else x for k, x in enumerate(operands)]
+    made = emit(op, *given)
+    return spatial_first(op, made) if gives_image else made
+
+
+def _as_if_spatial_first(op: Emitter, x: gs.Tensor) -> gs.Tensor:
+    """Some array of the shape of ``x`` that lies in memory with spatial axes first."""
+    dims = op.dims(x)
+    assert dims is not None, "static sizes"
+    batch = dims[0] if isinstance(dims[0], (int, np.integer)) else -1
+    return channels_first(op, op.Reshape(x, [*dims[2:], batch, dims[1]]))
+
+
+def _expected(op: Emitter, forms: dict[str, tuple[Form, Work]], *, among: bool) -> dict[str, tuple[Form, Work]]:
+    """Without those of Winograd's forms that were measured with operands in another order of axes than is expected."""
+    if op.lowerings.whole:
+        return forms
+    return {name: form for name, form in forms.items() if (name == AMONG) == among}
+
+
+def weight_cotangent(
+    op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window, *, adjoint: bool = False
+) -> gs.Tensor:
+    """dW[m,c,k] = sum_{n,p} map[n,m,p] image[n,c, s p + d k - a], by the lowering that suits the shapes.
+
+    ``adjoint``: the image is what the operator gave.
+    """
     _tell_shapes(op, image, map_, w, window)
-    forms = _weight_forms(op, image, w, window)
+    forms = _weight_forms(op, image, w, window, adjoint=adjoint)
     # On a GPU it depends on the algorithm that cuDNN finds: half or ten times the time of products of columns.
     erratic = {"swapped"} if op.lowerings.target == "cuda" and len(forms) > 1 else set()
-    kind, candidates = _kind(op, "Conv.weight", w, window), lowerings_of(forms, window, erratic)
+    kind, candidates = _kind(op, "Conv.weight", w, window), lowerings_of(forms, window, erratic, (0, 1))
     return op.lowerings.emit(op, kind, window.site, [image, map_, w], candidates)
 
 
-def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -> dict[str, tuple[Form, Work]]:
+def _weight_forms(
+    op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window, *, adjoint: bool = False
+) -> dict[str, tuple[Form, Work]]:
     """The forms of the weight cotangent that these shapes allow, each with its work."""
     convs: dict[str, Form] = {"volume": weight_by_volume_conv, "swapped": weight_by_swapped_conv}
     if window.rank == 3:
@@ -136,6 +188,10 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
     found: dict[str, tuple[Form, Work]] = {name: (form, work) for name, form in convs.items()}
     found["columns"] = (weight_by_columns, work)
     found["columns by example"] = (partial(weight_by_columns, batched=True), {**work, **by_example})
+    if taps == 1 and op.lowerings.target == "cpu":
+        del found["columns"]  # for the same product as by rows more is moved
+        if window.group == 1:
+            found["rows"] = (weight_by_rows, work)
     if taps > 1:
         apart: Work = {**work, "taps": taps, "kernels": taps * n * window.group}
         found["taps"] = (partial(weight_by_columns, apart=True), apart)
@@ -156,11 +212,13 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
     phases = in_phases(window)
     if _by_winograd(op, w, window):
-        found["winograd"] = (weight_by_winograd, _tile_work(counts, map_tiling(window)))
+        among = not adjoint and not op.lowerings.whole and _is_spatial_first(op, image, w, window)
+        found |= _expected(op, _winograd_weights(counts, map_tiling(window)), among=among)
     elif phases is not None and phases.kernel == [TAPS, TAPS] and _by_winograd(op, w, phases):
         # With two taps a phase nothing is saved: tiles of 9 elements make 4 outputs, of 9 taps before.
         inner = _counts_in_phases(counts, window, phases)
-        found["winograd"] = (weight_by_winograd, _tile_work(inner, map_tiling(phases)))
+        found |= _expected(op, _winograd_weights(inner, map_tiling(phases)), among=False)
+        found.pop(AMONG, None)  # an image that is taken apart has the model's order
     if op.lowerings.target == "cuda":
         for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
@@ -171,11 +229,22 @@ def _weight_forms(op: Emitter, image: gs.Tensor, w: gs.Tensor, window: Window) -
     return found
 
 
+def _winograd_weights(counts: _Counts, tiling: Tiling) -> dict[str, tuple[Form, Work]]:
+    work, products = _tile_work(counts, tiling), counts.batch * tiling.elements
+    by_example: Work = {"partial results": products * counts.channels * counts.filters, "products": products}
+    return {
+        AMONG: (weight_by_winograd, work),
+        ALONE: (weight_by_winograd, work),
+        "winograd by example": (partial(weight_by_winograd, batched=True), {**work, **by_example}),
+    }
+
+
 def image_cotangent(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tensor, window: Window) -> gs.Tensor:
     """dX[n,c,q] = sum_{m,p,k: s p + d k - a = q} map[n,m,p] W[m,c,k], by the lowering that suits the shapes."""
     _tell_shapes(op, image, map_, w, window)
     forms = _image_forms(op, w, image, window)
-    kind, candidates = _kind(op, "Conv.image", w, window), lowerings_of(forms, window)
+    kind = _kind(op, "Conv.image", w, window)
+    candidates = lowerings_of(forms, window, images=(0,), gives_image=True)
     return op.lowerings.emit(op, kind, window.site, [map_, w, image], candidates)
 
 
@@ -219,7 +288,7 @@ def _image_forms(op: Emitter, w: gs.Tensor, image: gs.Tensor, window: Window) ->
     }  # fmt: skip
     found = {name: (form, works[name]) for name, form in both.items()}
     if _by_winograd(op, w, window):
-        found["winograd"] = (image_by_winograd, {**_tile_work(counts, image_tiling(window)), "products": n})
+        found[AMONG] = (image_by_winograd, _tile_work(counts, image_tiling(window)))
     return found
 
 
@@ -233,8 +302,14 @@ def value_lowerings(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> 
         "multiply-adds": n * weight * positions, "columns": n * channels * taps * positions,
         "image": n * channels * elements, "map": n * filters * positions, "weight": weight, "products": n,
     }  # fmt: skip
-    tiled: Work = {**_tile_work(counts, map_tiling(window)), "products": n}
-    return lowerings_of({"conv": (_as_it_stands, direct), "winograd": (value_by_winograd, tiled)}, window)
+    forms = {"conv": (_as_it_stands, direct), AMONG: (value_by_winograd, _tile_work(counts, map_tiling(window)))}
+    return lowerings_of(forms, window, images=(0,), gives_image=True)
+
+
+def _is_spatial_first(op: Emitter, x: gs.Tensor, w: gs.Tensor, window: Window) -> bool:
+    """Whether a Conv's value is computed with spatial axes first: its image and map are then expected so, too."""
+    candidates = value_lowerings(op, x, w, window)
+    return op.lowerings.choose(op, "Conv", window.site, [x, w], candidates)[0] == AMONG if candidates else False
 
 
 def _as_it_stands(
@@ -265,12 +340,11 @@ def _counts_in_phases(counts: _Counts, window: Window, phases: Window) -> _Count
 
 def _tile_work(counts: _Counts, tiling: Tiling) -> Work:
     """What Winograd's forms do: transforms of both kinds of tiles, and the products."""
-    n, channels, filters, weight, _, positions, elements = counts
-    tiles = n * tiling.tiles
+    tiles = counts.batch * tiling.tiles * tiling.elements
+    image, map_ = counts.channels * tiles, counts.filters * tiles
     return {
-        "multiply-adds": tiling.elements * channels * filters * tiles, "image": n * channels * elements,
-        "image tiles": tiling.elements * channels * tiles, "map": n * filters * positions,
-        "map tiles": tiling.elements * filters * tiles, "weight": weight,
+        "multiply-adds": counts.channels * map_, "image tiles": image, "map tiles": map_, "weight": counts.weight,
+        "tiles beyond caches": max(image + map_ - _CACHED, 0),
     }  # fmt: skip
 
 
@@ -308,7 +382,7 @@ def _transpose_x(
 def _transpose_w(
     op: Emitter, g: gs.Tensor, y: gs.Tensor, x: gs.Tensor, w: gs.Tensor, b: Any, **attrs: Any
 ) -> gs.Tensor:
-    return weight_cotangent(op, g, x, w, transpose_window(op, x, w, y, **attrs))
+    return weight_cotangent(op, g, x, w, transpose_window(op, x, w, y, **attrs), adjoint=True)
 
 
 defvjp("Conv", _conv_x, _conv_w, _bias)

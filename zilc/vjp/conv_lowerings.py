@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.vjp.window import Window, block, extent_of, int64s, spatial_shape, zero_pad
+from zilc.vjp.window import Window, block, extent_of, int64s, spatial_first, spatial_shape, zero_pad
 
 _INT64_MIN = int(np.iinfo(np.int64).min)
 
@@ -188,9 +188,11 @@ def weight_by_columns(
         stop = [(phase + 1) * c, *(a + positions[axis] for axis, a in zip(on_image, shift, strict=True))]
         full = [channels, *(now[axis] for axis in on_image)]
         copies.append(block(op, x, start, stop, axes, full))
+    # A batch may be empty, of which -1 could not tell how many an example has.
+    places = math.prod(positions[a] if a in on_image else need[a] for a in range(r)) if batched else -1
     joined = copies if apart or len(copies) == 1 else [op.Concat(*copies, axis=len(lead))]
     width = len(copies) * c // len(joined)
-    columns = [op.Reshape(part, [*lead, width, -1]) for part in joined]
+    columns = [op.Reshape(part, [*lead, width, places]) for part in joined]
 
     # Copies of the map, one a tap on the axes in on_map, over all image positions of these axes.
     y = map_
@@ -204,7 +206,7 @@ def weight_by_columns(
         after = [need[axis] - positions[axis] - b for axis, b in zip(on_map, before, strict=True)]
         rows_.append(zero_pad(op, y, before, after, [first + axis for axis in on_map]))
     rows = rows_[0] if len(rows_) == 1 else op.Concat(*rows_, axis=len(lead))
-    rows = op.Reshape(rows, [*lead, len(rows_) * m, -1])
+    rows = op.Reshape(rows, [*lead, len(rows_) * m, places])
 
     last = len(lead)
     products = []
@@ -225,6 +227,27 @@ def weight_by_columns(
     order = [*range(len(grouped)), len(grouped) + len(on_map), len(parts) - 1, *(where[axis] for axis in range(r))]
     taps = op.Transpose(op.Reshape(product_, parts), perm=order)
     return op.Reshape(taps, list(shape)) if grouped else taps
+
+
+def weight_by_rows(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
+    """A pointwise weight's cotangent: one product over rows of channels, spatial axes first.
+
+    The weight's and all spatial sizes must be static; the batch may be symbolic.
+    """
+    shape, sizes, positions = op.static(w), window.image, window.map
+    assert shape is not None, "static sizes"
+    assert sizes is not None, "static sizes"
+    assert positions is not None, "static sizes"
+    assert isinstance(window.begin, list), "static sizes"
+    need = [(p - 1) * s + 1 for p, s in zip(positions, window.strides, strict=True)]
+    cut = [min(x, n - a) for x, n, a in zip(sizes, need, window.begin, strict=True)]
+    x = block(op, image, [0] * window.rank, cut, window.spatial, sizes)
+    behind = [n - a - q for n, a, q in zip(need, window.begin, cut, strict=True)]
+    x = zero_pad(op, x, window.begin, behind, window.spatial)
+    if max(window.strides) > 1:
+        x = op.Slice(x, [0] * window.rank, need, window.spatial, window.strides)
+    rows = [op.Reshape(spatial_first(op, t), [-1, n]) for t, n in ((map_, shape[0]), (x, shape[1]))]
+    return op.Reshape(op.Gemm(*rows, transA=1), list(shape))
 
 
 def weight_by_gather(

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import ModelError
+from zilc.lowerings import Lowering, assumed
 from zilc.vjp.shape import known, rank_of, reshape_like, swap_last
 from zilc.vjp.table import defvjp, sum_axes, unbroadcast, variadic
 
@@ -96,6 +97,37 @@ def _gemm_c(
 
 
 defvjp("Gemm", _gemm_a, _gemm_b, _gemm_c)
+
+
+#: Of more rows than this the product itself takes longer than reading its factors.
+_FEW = 64
+
+
+def gemm_lowerings(
+    op: Emitter, a: gs.Tensor, b: gs.Tensor, *, alpha: float, beta: float, transA: int, transB: int
+) -> dict[str, Lowering]:
+    """The forms of Y = A B^T + C itself, first the operator as it stands; none if it is the only one.
+
+    Of few rows and a wide B, most of the time goes into reading B.  onnxruntime lays the second factor of a product out
+    anew before it uses it, the first it takes as it comes: where B comes first, in Y^T = B A^T, it is read once.
+    """
+    rows, weight = assumed(op, a), op.static(b)
+    if transA or not transB or alpha != 1.0 or beta != 1.0 or rows is None or weight is None or 0 in weight:
+        return {}
+    if not 1 < rows[0] <= _FEW or op.lowerings.target != "cpu" or op.dtype(b) != np.float32:
+        return {}
+    (n, k), m = rows, weight[0]
+    work = {"multiply-adds": n * k * m, "weight": k * m, "operand": n * k, "result": n * m}
+    return {"gemm": Lowering(_gemm, work), "turned": Lowering(_turned_gemm, work)}
+
+
+def _gemm(op: Emitter, a: gs.Tensor, b: gs.Tensor, c: gs.Tensor | None = None) -> gs.Tensor:
+    return op.Gemm(a, b, c, transB=1)
+
+
+def _turned_gemm(op: Emitter, a: gs.Tensor, b: gs.Tensor, c: gs.Tensor | None = None) -> gs.Tensor:
+    made = op.Transpose(op.MatMul(b, op.Transpose(a, perm=[1, 0])), perm=[1, 0])
+    return made if c is None else op.Add(made, c)
 
 # -- Einsum --
 

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import ModelError
+from zilc.graph import SPATIAL_FIRST
 
 
 @dataclass(frozen=True)
@@ -223,3 +224,37 @@ def block(
     if not keep:
         return x
     return op.Slice(x, [start[i] for i in keep], [stop[i] for i in keep], [axes[i] for i in keep])
+
+
+# --- spatial axes first -----------------------------------------------------------------------------------------
+
+
+def spatial_first_order(rank: int) -> list[int]:
+    """Of the axes, [N, C, ...] -> [..., N, C]."""
+    return [*range(2, rank), 0, 1]
+
+
+def channels_first_order(rank: int) -> list[int]:
+    """Of the axes, [..., N, C] -> [N, C, ...]."""
+    return [rank - 2, rank - 1, *range(rank - 2)]
+
+
+def spatial_first(op: Emitter, x: gs.Tensor) -> gs.Tensor:
+    """[N, C, ...] -> [..., N, C], where most is copied in long runs; see :mod:`zilc.passes.layouts`."""
+    rank = op.rank(x)
+    assert rank is not None, "an image of known rank"
+    return _movable(op.Transpose(x, perm=spatial_first_order(rank)), begins=True)
+
+
+def channels_first(op: Emitter, x: gs.Tensor) -> gs.Tensor:
+    """[..., N, C] -> [N, C, ...]."""
+    rank = op.rank(x)
+    assert rank is not None, "an image of known rank"
+    return _movable(op.Transpose(x, perm=channels_first_order(rank)), begins=False)
+
+
+def _movable(made: gs.Tensor, *, begins: bool) -> gs.Tensor:
+    maker = made.inputs[0]
+    assert getattr(maker, SPATIAL_FIRST, begins) == begins, "one Transpose, which does not both begin and end it"
+    setattr(maker, SPATIAL_FIRST, begins)
+    return made

@@ -33,7 +33,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.vjp.window import Window, block, int64s, zero_pad
+from zilc.vjp.window import Window, block, channels_first, int64s, spatial_first, zero_pad
 
 #: Outputs of a tile on an axis.  With three taps all transforms are then of 0, 1, -1 and 1/2.
 OUTPUTS = 2
@@ -163,31 +163,42 @@ def _sizes(op: Emitter, w: gs.Tensor, window: Window) -> _Sizes:
     return _Sizes(weight, window.kernel, window.begin, window.image, window.map)
 
 
-def weight_by_winograd(op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window) -> gs.Tensor:
+def weight_by_winograd(
+    op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window, *, batched: bool = False
+) -> gs.Tensor:
     """dW = G^T [sum over examples and tiles of (A map) (B^T image)^T].
 
     A strided window's image is taken apart first: see :func:`in_phases`.  The weight's and all spatial sizes must be
     static; the batch may be symbolic.
+
+    ``batched``: a product an example, added up; nothing is transposed, but there are as many partial results as
+    examples.
     """
     sizes = _sizes(op, w, window)
     if max(window.strides) > 1:
-        return _weight_in_phases(op, image, map_, sizes, window)
-    return _weight(op, image, map_, sizes, window)
+        return _weight_in_phases(op, image, map_, sizes, window, batched=batched)
+    return _weight(op, image, map_, sizes, window, batched=batched)
 
 
-def _weight(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window) -> gs.Tensor:
+def _weight(
+    op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window, *, batched: bool
+) -> gs.Tensor:
     tiling, (m, c) = map_tiling(window), sizes.weight[:2]
-    back = [1, 0, *window.spatial]
-    x = _image_tiles(op, op.Transpose(image, perm=back), tiling, sizes.begin, sizes.image, batch=1)
+    x = _image_tiles(op, image, tiling, sizes.begin, sizes.image, batched=batched)
     # The map in whole tiles.
     front, behind = [0] * window.rank, [n - p for n, p in zip(tiling.covered, sizes.map, strict=True)]
-    g = op.Transpose(map_, perm=back)
-    g = _tiles(op, g, sizes.map, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, front, behind, batch=1)
-    x, g = op.Reshape(x, [tiling.elements, c, -1]), op.Reshape(g, [tiling.elements, m, -1])
-    products = op.MatMul(g, op.Transpose(x, perm=[0, 2, 1]))  # [elements, M, C]
-    taps = math.prod(tiling.taps)
-    made = op.MatMul(_constant(op, tiling.kronecker(1).T, g), op.Reshape(products, [tiling.elements, m * c]))
-    return op.Reshape(op.Transpose(op.Reshape(made, [taps, m, c]), perm=[1, 2, 0]), list(sizes.weight))
+    g = map_ if batched else spatial_first(op, map_)
+    g = _tiles(
+        op, g, sizes.map, tiling.kronecker(0).T, tiling.outputs, tiling.outputs, front, behind, batched=batched
+    )
+    if batched:
+        x, g = (op.Reshape(t, [tiling.elements, -1, n, tiling.tiles]) for t, n in ((x, c), (g, m)))
+        products = op.ReduceSum(op.MatMul(g, op.Transpose(x, perm=[0, 1, 3, 2])), [1], keepdims=0)
+    else:
+        x, g = (op.Reshape(t, [tiling.elements, -1, n]) for t, n in ((x, c), (g, m)))
+        products = op.MatMul(op.Transpose(g, perm=[0, 2, 1]), x)  # [elements, M, C]
+    products = op.Reshape(products, [tiling.elements, m * c])
+    return op.Reshape(op.Gemm(products, _constant(op, tiling.kronecker(1), g), transA=1), list(sizes.weight))
 
 
 def in_phases(window: Window) -> Window | None:
@@ -208,7 +219,9 @@ def in_phases(window: Window) -> Window | None:
     return Window(2, 1, [1, 1], [1, 1], [0, 0], [0, 0], taps, image, window.map)
 
 
-def _weight_in_phases(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window) -> gs.Tensor:
+def _weight_in_phases(
+    op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Sizes, window: Window, *, batched: bool
+) -> gs.Tensor:
     inner, s = in_phases(window), window.strides[0]
     assert inner is not None, "SpaceToDepth's phases"
     assert inner.image is not None, "static sizes"
@@ -221,7 +234,7 @@ def _weight_in_phases(op: Emitter, image: gs.Tensor, map_: gs.Tensor, sizes: _Si
     x = op.SpaceToDepth(zero_pad(op, x, sizes.begin, behind, window.spatial), blocksize=s)
     (m, c), (rows, columns) = sizes.weight[:2], inner.kernel
     apart = _Sizes((m, s * s * c, rows, columns), inner.kernel, [0, 0], inner.image, sizes.map)
-    made = op.Reshape(_weight(op, x, map_, apart, inner), [m, s, s, c, rows, columns])
+    made = op.Reshape(_weight(op, x, map_, apart, inner, batched=batched), [m, s, s, c, rows, columns])
     whole = op.Reshape(op.Transpose(made, perm=[0, 3, 4, 1, 5, 2]), [m, c, rows * s, columns * s])
     return block(op, whole, [0, 0], sizes.taps, window.spatial, [rows * s, columns * s])
 
@@ -233,8 +246,7 @@ def image_by_winograd(op: Emitter, map_: gs.Tensor, w: gs.Tensor, image: gs.Tens
     """
     sizes = _sizes(op, w, window)
     begin = [k - 1 - a for k, a in zip(sizes.taps, sizes.begin, strict=True)]
-    turned, (m, c) = op.Transpose(w, perm=[1, 0, *window.spatial]), sizes.weight[:2]
-    return _filtered(op, map_, turned, (c, m), image_tiling(window), begin, sizes.map, sizes.image, mirrored=True)
+    return _filtered(op, map_, w, sizes.weight[:2], image_tiling(window), begin, sizes.map, sizes.image, mirrored=True)
 
 
 def value_by_winograd(
@@ -275,58 +287,68 @@ def _filtered(
     *,
     mirrored: bool = False,
 ) -> gs.Tensor:
-    """``outputs`` sums of ``x`` [N, in, sizes] and ``w`` [out, in, taps], a product an example.
+    """``outputs`` sums of ``x`` [N, in, sizes] and ``w`` [out, in, taps].
 
     Args:
-        channels: out and in.
+        channels: the weight's first two axes, out and in.
         begin: pads in front; negative where the first elements are left out.
-        mirrored: each axis of the taps is read backwards.
+        mirrored: each axis of the taps is read backwards, and the weight is [in, out, taps].
     """
-    out, into = channels
+    m, c = channels
+    out, into = (c, m) if mirrored else (m, c)
     # Taps are mirrored by the order of G's columns.
     transform = tiling.kronecker(1)[:, :: -1 if mirrored else 1]
-    filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [out * into, math.prod(tiling.taps)]), transB=1)
-    images = _image_tiles(op, x, tiling, begin, sizes, batch=0)
-    tiles = op.Reshape(images, [tiling.elements, -1, into, tiling.tiles])
-    products = op.MatMul(op.Reshape(filters, [tiling.elements, 1, out, into]), tiles)  # [elements, N, out, tiles]
-    products = op.Reshape(products, [1, tiling.elements, -1, *tiling.counts[1:]])
-    columns = tiling.kronecker(0).T.reshape(tiling.elements, 1, *tiling.outputs)
-    made = op.ConvTranspose(products, _constant(op, columns, w), strides=tiling.outputs)
-    rank, y = len(outputs), op.Reshape(made, [-1, out, *tiling.covered])
+    filters = op.Gemm(_constant(op, transform, w), op.Reshape(w, [m * c, math.prod(tiling.taps)]), transB=1)
+    filters = op.Reshape(filters, [tiling.elements, m, c])
+    if not mirrored:
+        filters = op.Transpose(filters, perm=[0, 2, 1])
+    images = op.Reshape(_image_tiles(op, x, tiling, begin, sizes), [tiling.elements, -1, into])
+    products = op.MatMul(images, filters)  # [elements, tiles N, out]
+    rank = len(outputs)
+    ones, spatial = [1] * (2 - rank), list(range(rank))
+    columns = tiling.kronecker(0).T.reshape(tiling.elements, 1, *ones, *tiling.outputs, 1)
+    products = op.Reshape(products, [1, tiling.elements, *ones, *tiling.counts, -1])
+    made = op.ConvTranspose(products, _constant(op, columns, w), strides=[*ones, *tiling.outputs, 1])
+    y = op.Reshape(made, [*tiling.covered, -1, out])
     if _is_open(op, x, 0):
-        stop = op.Concat(op.dim_of(x, 0), int64s(op, outputs), axis=0)
-        return op.Slice(y, int64s(op, [0] * (1 + rank)), stop, [0, *range(2, 2 + rank)])
-    return block(op, y, [0] * rank, list(outputs), list(range(2, 2 + rank)), tiling.covered)
+        stop = op.Concat(int64s(op, outputs), op.dim_of(x, 0), axis=0)
+        y = op.Slice(y, int64s(op, [0] * (rank + 1)), stop, [*spatial, rank])
+    else:
+        y = block(op, y, [0] * rank, list(outputs), spatial, tiling.covered)
+    return channels_first(op, y)
 
 
 def _image_tiles(
-    op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int], *, batch: int
+    op: Emitter, x: gs.Tensor, tiling: Tiling, begin: Sequence[int], sizes: Sequence[int], *, batched: bool = False
 ) -> gs.Tensor:
-    """B^T of all tiles of [.., .., sizes], padded in front: [1, elements, (1,) images, tiles on each axis].
+    """B^T of all tiles of ``x`` [N, C, sizes], padded in front.
 
-    Args:
-        batch: its axis, 0 or 1.
+    Returns:
+        [1, elements, tiles on each axis, images], or images before tiles where ``batched``; images are of (N, C).
     """
     rank = len(sizes)
-    spatial = list(range(2, 2 + rank))
     # What the tiles reach.
     reach = [n * m + r - 1 for n, m, r in zip(tiling.counts, tiling.outputs, tiling.taps, strict=True)]
     start = [max(-a, 0) for a in begin]
     stop = [min(n, u - a) for n, u, a in zip(sizes, reach, begin, strict=True)]
-    x = block(op, x, start, stop, spatial, list(sizes))
+    spatial = list(range(2, 2 + rank)) if batched else list(range(rank))
+    x = block(op, x if batched else spatial_first(op, x), start, stop, spatial, list(sizes))
     front = [max(a, 0) for a in begin]
     behind = [u - a - s for u, a, s in zip(reach, begin, stop, strict=True)]
     left = [s - a for a, s in zip(start, stop, strict=True)]
-    return _tiles(op, x, left, tiling.kronecker(2), tiling.lengths, tiling.outputs, front, behind, batch=batch)
+    return _tiles(
+        op, x, left, tiling.kronecker(2), tiling.lengths, tiling.outputs, front, behind, batched=batched
+    )
 
 
-def _not_empty(op: Emitter, x: gs.Tensor, rank: int, *, batch: int) -> gs.Tensor:
-    """A batch of an open size with an example of zeros where there is none."""
+def _not_empty(op: Emitter, x: gs.Tensor, batch: int) -> gs.Tensor:
+    """A batch of an open size, the axis ``batch``, with an example of zeros where there is none."""
     if not _is_open(op, x, batch):
         return x
+    rank = op.rank(x)
+    assert rank is not None, "static sizes"
     missing = op.Max(op.Sub(int64s(op, [1]), op.dim_of(x, batch)), int64s(op, [0]))
-    before, after = [0] * (2 + rank + batch), [0] * (1 - batch + rank)
-    return op.Pad(x, op.Concat(int64s(op, before), missing, int64s(op, after), axis=0))
+    return op.Pad(x, op.Concat(int64s(op, [0] * (rank + batch)), missing, int64s(op, [0] * (rank - 1 - batch)), axis=0))
 
 
 def _is_open(op: Emitter, x: gs.Tensor, axis: int) -> bool:
@@ -344,18 +366,25 @@ def _tiles(
     front: Sequence[int],
     behind: Sequence[int],
     *,
-    batch: int,
+    batched: bool,
 ) -> gs.Tensor:
-    """Products of ``transform`` [elements, lengths] and all tiles of [.., .., sizes], the first index outermost.
+    """Products of ``transform`` [elements, lengths] and all tiles of [sizes, N, C], the first index outermost.
 
-    ``front`` and ``behind`` are zeros around each image.
+    Args:
+        front, behind: zeros around each image.
+        batched: of [N, C, sizes], and the result has the images before the tiles.
     """
     # With three axes at least onnxruntime keeps out of its blocked layout of channels, out of which it would copy.
-    more = [1] * (3 - len(sizes))
-    rows = transform.reshape(len(transform), 1, *more, *lengths)
-    x = op.Reshape(_not_empty(op, x, len(sizes), batch=batch), [1, 1, *more[1:], -1, *sizes])
-    none = [0] * len(more)
-    return op.Conv(x, _constant(op, rows, x), strides=[*more, *strides], pads=[*none, *front, *none, *behind])
+    ones, rank = [1] * (2 - len(sizes)), len(sizes)
+    x = _not_empty(op, x, 0 if batched else rank)
+
+    def axes(images: int, each: Sequence[int]) -> list[int]:
+        single = 0 if images == 0 else 1
+        return [*[single] * len(ones), *([images, *each] if batched else [*each, images])]
+
+    rows = transform.reshape(len(transform), 1, *axes(1, lengths))
+    x = op.Reshape(x, [1, 1, *axes(-1, sizes)])
+    return op.Conv(x, _constant(op, rows, x), strides=axes(1, strides), pads=[*axes(0, front), *axes(0, behind)])
 
 
 def _constant(op: Emitter, array: np.ndarray, like: gs.Tensor) -> gs.Constant:
