@@ -35,7 +35,7 @@ _ELEMENTWISE = frozenset(
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"})
 #: Which operand holds axes.
 _AXES = {**dict.fromkeys(_REDUCTIONS, 1), "Slice": 3}
-#: Largest sum of capacities that scipy's maximum flow can add up.
+#: Of an edge that is never cut; those of values are half of it together, so that scipy can add all up in 32 bits.
 _CAPACITY = 1 << 29
 
 
@@ -69,9 +69,12 @@ class _Layouts:
     native: dict[str, gs.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        held = self.kept | {tensor.name for node in self.graph.nodes if node.attrs for tensor in captured(node)}
         for node in self.graph.nodes:
             way = getattr(node, SPATIAL_FIRST, None)
-            if way is True:
+            if way is True and node.outputs[0].name in held:
+                delattr(node, SPATIAL_FIRST)  # a Transpose of the model's is the same node, and has to stay
+            elif way is True:
                 self.wanted[node.inputs[0].name] = node.inputs[0]
             elif way is False:
                 self.native[node.outputs[0].name] = node.outputs[0]
@@ -80,9 +83,22 @@ class _Layouts:
 
     @cached_property
     def kept(self) -> set[str]:
-        """Values that have to be there with the model's order, whoever reads them."""
+        """Names that have to be there with what they mean now, whoever reads them."""
         named = {facts["shape_of"] for facts in map(_inference, self.graph.nodes) if "shape_of" in facts}
         return {tensor.name for tensor in self.graph.outputs} | named
+
+    @cached_property
+    def numbers(self) -> set[str]:
+        """Values that in inference form are a number each, and have no axes there to put in order."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            if "value" in _inference(node):
+                found.add(node.outputs[0].name)
+            elif node.op in _ELEMENTWISE and any(t.name in found for t in node.inputs):
+                others = [t for t in node.inputs if t.name and t.name not in found]
+                if all(self.op.rank(t) == 0 for t in others):
+                    found.add(node.outputs[0].name)
+        return found
 
     @cached_property
     def readers(self) -> dict[str, list[gs.Node | None]]:
@@ -102,8 +118,7 @@ class _Layouts:
         """Whether a node can compute in either order: its result, if it has one of several axes, is then in that."""
         if not _is_standard(node) or len(node.outputs) != 1:
             return False
-        # What is one number in inference form has no axes there to put in order.
-        if any("value" in _inference(one) for one in (node, *(maker for t in node.inputs for maker in t.inputs))):
+        if any(t.name in self.numbers for t in (*node.inputs, *node.outputs)):
             return False
         dims = [self.op.dims(t) for t in node.inputs if t.name]
         made = self.op.dims(node.outputs[0])
@@ -232,7 +247,8 @@ class _Rewriting:
         self.op, self.turned = layouts.op, turned
         self.nodes: list[gs.Node] = []
         self._kept = layouts.kept
-        #: Values with spatial axes first, by the names they have with the model's order, and by number of axes.
+        #: Values with spatial axes first, by the names they have with the model's order, and by how many axes they have
+        #: there: one of fewer is broadcast to others.
         self._first: dict[tuple[str, int], gs.Tensor] = {}
         #: Of these the ones that are not there with the model's order.
         self._missing: set[str] = set()

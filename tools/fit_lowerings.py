@@ -314,8 +314,8 @@ def page(made: Mapping[str, Mapping[str, Any]]) -> str:
         lines += _tables(one["found"], one["quality"])
     lines += [
         "Sites of a convolution: batch×channels→filters/groups, kernel/stride, size of the image. Of a pool: batch×",
-        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read. Of Gemm: rows×width of",
-        "the operand→width of the result.",
+        "channels, kernel/stride, size. Of Gather: rows×width of the table, rows that are read.",
+        *([] if "cuda" in made else ["Of Gemm: rows×width of the operand→width of the result."]),
     ]
     return "\n".join(lines) + "\n"
 

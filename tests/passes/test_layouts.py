@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from typing import Any
 
@@ -17,8 +18,9 @@ import zilc
 from tests.graphs import model
 from zilc import onnx_io
 from zilc.executors import executor
-from zilc.graph import SPATIAL_FIRST
+from zilc.graph import INFERENCE, SPATIAL_FIRST
 from zilc.passes import layouts
+from zilc.session import inference_form
 
 #: How a test's graph begins and ends: u and v are computed with spatial axes first, by what keeps its order.
 HEAD = """
@@ -217,6 +219,35 @@ def test_random_graphs_compute_the_same() -> None:
             np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=str(seed))
         moved += any("spatial_first" in t.name for node in settled.nodes for t in node.outputs)
     assert moved > 20
+
+
+def test_a_transpose_that_a_subgraph_reads_stays() -> None:
+    body = """
+      condition = Greater(z, one_half)
+      b = If(condition) <then_branch = t () => (float[4,5,2,3] r) { r = Neg(t) },
+                         else_branch = f () => (float[4,5,2,3] r) { r = Exp(t) }>
+      m = ReduceSum<keepdims = 0>(b)  v = Add(u, m)"""
+    body = "one_half = Constant<value_float = 0.5>()" + body
+    expected, settled = _run(_graph(body)), layouts.settle_layouts(_graph(body))
+    np.testing.assert_allclose(_run(settled)["y"], expected["y"], rtol=1e-6)
+
+
+def test_what_is_one_number_in_inference_form_is_not_put_in_order() -> None:
+    """Nor what is made of it alone."""
+    body = "m = Greater(u, z)  k = Cast<to = 1>(m)  h = Neg(k)  a = Mul(u, h)  v = Relu(a)"
+    graph = _graph(body)
+    marked = next(node for node in graph.nodes if node.outputs[0].name == "k")
+    marked.metadata = {**marked.metadata, INFERENCE: json.dumps({"value": 1, "dtype": 1})}
+    expected = _run(_graph(body))
+    layouts.settle_layouts(graph)
+    np.testing.assert_allclose(_run(graph)["y"], expected["y"], rtol=1e-6)
+    rng = np.random.default_rng(1)
+    evaluated = inference_form(onnx_io.to_proto(graph, infer=True))
+    feeds = {t.name: rng.standard_normal([int(n) for n in t.shape], np.float32) for t in graph.inputs}
+    u = feeds["x"].cumsum(2)
+    np.testing.assert_allclose(
+        executor(evaluated)(feeds)["y"], np.maximum(-u, 0).transpose(2, 3, 0, 1).cumsum(0), rtol=1e-5
+    )
 
 
 def test_an_operator_of_theirs_is_not_taken_for_onnxs() -> None:
