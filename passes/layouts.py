@@ -5,6 +5,10 @@ Some lowerings compute with spatial axes first, [H, W, N, C] where the model has
 element can follow in either order, so which values lie how is a choice.  A value costs its size where some of the nodes
 that make and read it want it in one order and some in the other.  The labels of least cost are a minimum cut of a graph
 that joins each node to the values it touches: the ends of the cut are the nodes that take one order only.
+
+onnxruntime's optimizer moves Transposes too, and is as fast with those left where they were (docs/PROFILE.md).  But
+where it moves one past a sum, that adds up in another order, and whether it does hangs on what stands around: within
+a memory budget updates would have other bits than without.
 """
 
 from __future__ import annotations

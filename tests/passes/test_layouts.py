@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import zilc
 from tests.graphs import model
-from zilc import onnx_io
+from zilc import models, onnx_io
 from zilc.executors import executor
 from zilc.graph import INFERENCE, SPATIAL_FIRST
 from zilc.passes import layouts
@@ -398,3 +398,21 @@ def test_in_train_mode_updates_and_evaluation_stay(
     for name, value in found[0].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert any("spatial_first" in name for node in step.model.graph.node for name in node.output)
+
+
+def test_within_a_memory_budget_updates_have_the_same_bits(forced: None) -> None:
+    """Transposes that a runtime moves past sums, or does not, would change them."""
+    proto = models.build("resnet18", batch=4, image=32, width=8, classes=10)
+    feeds = models.random_feeds(proto, 4, np.random.default_rng(0), loss="cross-entropy")
+
+    def updated(budget: int | str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        step = zilc.emit_training(proto, loss="cross-entropy", memory_budget=budget)
+        trainer = zilc.Trainer(step, lr=0.1, providers=["CPUExecutionProvider"])
+        trainer.step(feeds)
+        return step.signature["recompute"], trainer.state
+
+    without, expected = updated("1TiB")
+    for share in (0.9, 0.8):
+        said, got = updated(int(without["peak_without"] * share))
+        assert said["nodes"]
+        assert [name for name in expected if expected[name].tobytes() != got[name].tobytes()] == []

@@ -10,14 +10,15 @@ of those of each axis.  Summed over channels, examples and tiles, the products o
 matrix product (A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016): 16 of them with
 tiles of 2 x 2 outputs and 3 x 3 taps, in which a multiply-add serves 2.25 of the convolution's.
 
-How tiles are transformed: all images, put behind one another, are one image of one channel with one more axis.  A
-convolution of that with the rows of B^T as filters, of one element on that axis and strided from tile to tile on the
-others, transforms all of them.  What it gives has the element of a tile first, as the matrix products need it:
-[1, 1, C N, ...] -> [elements, C, N tiles].  The zeros around an image are the convolution's own pads, so that nothing
-is copied for them.  A batch of an open size gets an image of zeros where it is empty, for runtimes refuse none.
+How tiles are transformed: with spatial axes first, all images are one image of one channel with one more axis, the
+last.  A convolution of that with the rows of B^T as filters, of one element on that axis and strided from tile to tile
+on the others, transforms all of them, and copies runs of N C elements.  What it gives has the element of a tile first,
+and the channels last, as the matrix products take it as it lies: [1, 1, ..., N C] -> [elements, tiles N, C].  The zeros
+around an image are the convolution's own pads, so that nothing is copied for them.  A batch of an open size gets an
+image of zeros where it is empty, for runtimes refuse none.
 
-Larger tiles, of 4 x 4 outputs, save more multiplications.  But in onnxruntime they are no faster (docs/PROFILE.md), and
-they are several times less accurate (tests/vjp/test_winograd.py).
+Larger tiles, of 4 x 4 outputs, save more multiplications: ResNet18's step takes a tenth less with them
+(docs/PROFILE.md).  But they are several times less accurate (tests/vjp/test_winograd.py).
 """
 
 from __future__ import annotations
