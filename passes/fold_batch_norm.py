@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.graph import STATISTICS, hand_over
+from zilc.graph import STATISTICS, hand_over, is_standard
 from zilc.passes.simplify import Users
 from zilc.rules import is_own
 from zilc.vjp import table
@@ -152,10 +152,10 @@ def finish_folds(graph: gs.Graph, folds: list[Fold]) -> None:
 
 def _norm_of(conv: gs.Node, users: Users, trained: set[str], op: Emitter) -> gs.Node | None:
     """The BatchNormalization that folds into a node, if there is one."""
-    if conv.op != "Conv" or conv.domain not in (None, "", "ai.onnx") or conv.inputs[1].name not in trained:
+    if conv.op != "Conv" or not is_standard(conv) or conv.inputs[1].name not in trained:
         return None
     norm = users.only(conv.outputs[0])
-    if norm is None or norm.op != "BatchNormalization" or norm.domain not in (None, "", "ai.onnx"):
+    if norm is None or norm.op != "BatchNormalization" or not is_standard(norm):
         return None
     if norm.inputs[0] is not conv.outputs[0] or norm.attrs.get("training_mode", 0) or hasattr(norm, STATISTICS):
         return None

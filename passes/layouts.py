@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import INFERENCE, SPATIAL_FIRST, captured, name_anew
+from zilc.graph import INFERENCE, SPATIAL_FIRST, captured, is_standard, name_anew
 from zilc.lowerings import assumed
 from zilc.vjp.window import channels_first_order, spatial_first_order
 
@@ -39,6 +39,8 @@ _ELEMENTWISE = frozenset(
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"})
 #: Which operand holds axes.
 _AXES = {**dict.fromkeys(_REDUCTIONS, 1), "Slice": 3}
+#: Places in the cut's graph of the nodes that take one order only.
+_PLAIN, _TURNED = 0, 1
 #: Of an edge that is never cut; those of values are half of it together, so that scipy can add all up in 32 bits.
 _CAPACITY = 1 << 29
 
@@ -73,7 +75,7 @@ class _Layouts:
     native: dict[str, gs.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        held = self.kept | {tensor.name for node in self.graph.nodes if node.attrs for tensor in captured(node)}
+        held = self.kept | self.captured
         for node in self.graph.nodes:
             way = getattr(node, SPATIAL_FIRST, None)
             if way is True and node.outputs[0].name in held:
@@ -90,6 +92,11 @@ class _Layouts:
         """Names that have to be there with what they mean now, whoever reads them."""
         named = {facts["shape_of"] for facts in map(_inference, self.graph.nodes) if "shape_of" in facts}
         return {tensor.name for tensor in self.graph.outputs} | named
+
+    @cached_property
+    def captured(self) -> set[str]:
+        """Names that subgraphs read."""
+        return {tensor.name for node in self.graph.nodes if node.attrs for tensor in captured(node)}
 
     @cached_property
     def numbers(self) -> set[str]:
@@ -112,15 +119,13 @@ class _Layouts:
             if getattr(node, SPATIAL_FIRST, None) is None:
                 for tensor in node.inputs:
                     found.setdefault(tensor.name, []).append(node)
-            for tensor in captured(node) if node.attrs else ():
-                found.setdefault(tensor.name, []).append(None)
-        for name in self.kept:
+        for name in self.kept | self.captured:
             found.setdefault(name, []).append(None)
         return found
 
     def _is_free(self, node: gs.Node) -> bool:
         """Whether a node can compute in either order: its result, if it has one of several axes, is then in that."""
-        if not _is_standard(node) or len(node.outputs) != 1:
+        if not is_standard(node) or len(node.outputs) != 1:
             return False
         if any(t.name in self.numbers for t in (*node.inputs, *node.outputs)):
             return False
@@ -172,13 +177,9 @@ class _Layouts:
         return {node for node, place in free.items() if place in labels}
 
 
-def _is_standard(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx")
-
-
 def _is_of_sizes(node: gs.Node) -> bool:
     """Whether a node looks at a value's sizes alone."""
-    return _is_standard(node) and node.op in ("Shape", "Size")
+    return is_standard(node) and node.op in ("Shape", "Size")
 
 
 def _inference(node: gs.Node) -> dict[str, Any]:
@@ -193,12 +194,6 @@ def _axes(node: gs.Node, rank: int) -> list[int] | None:
     if not isinstance(given, gs.Constant):
         return None
     return [int(axis) % rank for axis in onnx_io.values(given).reshape(-1)]
-
-
-# --- the choice ---------------------------------------------------------------------------------------------------
-
-#: Places in the cut's graph of the nodes that take one order only.
-_PLAIN, _TURNED = 0, 1
 
 
 def _cut(free: int, values: Sequence[tuple[float, set[int]]]) -> set[int]:
@@ -363,8 +358,7 @@ class _Rewriting:
     def _turned_over(self, x: gs.Tensor, front: int, order: list[int]) -> gs.Tensor:
         """``x`` with its first ``front`` axes behind the others.
 
-        As the transpose of a matrix: for other Transposes onnxruntime has no kernel that is as fast, and it joins
-        them with those that come before and after, to slow ones.
+        As the transpose of a matrix, of however many axes, which runtimes copy block by block.
         """
         dims = self.op.dims(x) or []
         known = [int(n) if isinstance(n, (int, np.integer)) else -1 for n in dims]

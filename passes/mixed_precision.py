@@ -34,7 +34,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.errors import OptionError
-from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name
+from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name, is_standard
 from zilc.passes import contracts
 from zilc.passes.parameters import READ_LIMIT
 
@@ -56,7 +56,6 @@ FOLLOWING = MOVING | {
 }  # fmt: skip
 #: They read a tensor's shape alone: any version will do.
 _SHAPES = frozenset({"Shape", "Size"})
-_DEFAULT = (None, "", "ai.onnx")
 _SINGLE = np.dtype(np.float32)
 
 
@@ -129,7 +128,7 @@ def _ensure_single(graph: gs.Graph, where: str) -> None:
     Raises:
         OptionError: the first that is not.
     """
-    read = [t for node in graph.nodes if node.op in NARROW and node.domain in _DEFAULT for t in node.inputs]
+    read = [t for node in graph.nodes if node.op in NARROW and is_standard(node) for t in node.inputs]
     for tensor in (*graph.inputs, *graph.outputs, *read):
         if tensor.name and onnx_io.is_float(tensor) and onnx_io.np_dtype(tensor.dtype) != _SINGLE:
             raise OptionError(
@@ -183,7 +182,7 @@ class _Rewrite:
 
     def _typed(self, node: gs.Node) -> list[int] | None:
         """Operands whose type is the output's and may be the low one; None where the node must stay in float32."""
-        if node.domain not in _DEFAULT or node.op not in NARROW | FOLLOWING or getattr(node, FROZEN, False):
+        if not is_standard(node) or node.op not in NARROW | FOLLOWING or getattr(node, FROZEN, False):
             return None
         if not node.outputs or onnx_io.np_dtype(node.outputs[0].dtype) != _SINGLE:
             return None
@@ -261,7 +260,7 @@ class _Rewrite:
             self.pliant.update(dict.fromkeys((t.name for t in floating), True))
             return
         given = all(isinstance(t, gs.Constant) or t.name in self.pliant for t in read)
-        if given and node.op in MOVING and node.domain in _DEFAULT:
+        if given and node.op in MOVING and is_standard(node):
             self.pliant.update(dict.fromkeys((t.name for t in floating), all(self._pliant(t) for t in read)))
 
     def _lower(self, node: gs.Node) -> None:
@@ -277,7 +276,7 @@ class _Rewrite:
         if name in self.kept or not readers.get(name):
             return False
         for node in readers[name]:
-            if node.op in _SHAPES and node.domain in _DEFAULT:
+            if node.op in _SHAPES and is_standard(node):
                 continue
             places = [k for k, t in enumerate(node.inputs) if t.name == name]
             if id(node) not in self.low or not places or any(k not in self.operands[id(node)] for k in places):
@@ -295,7 +294,7 @@ class _Rewrite:
         for node in self.graph.nodes:
             if id(node) in self.low:
                 self._add_low(node)
-            elif node.op in _SHAPES and node.domain in _DEFAULT and node.inputs[0].name in self.narrow:
+            elif node.op in _SHAPES and is_standard(node) and node.inputs[0].name in self.narrow:
                 rebuild.add(node, [self.low_tensors[node.inputs[0].name]])
             else:
                 for tensor in captured(node) if node.attrs else ():

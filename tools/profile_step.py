@@ -41,6 +41,7 @@ from zilc import models, pipeline
 from zilc.lowerings import Lowerings
 from zilc.machine import processor
 from zilc.passes.layouts import settle_layouts
+from zilc.session import stop_spinning
 from zilc.vjp import winograd
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -251,11 +252,6 @@ def tried() -> dict[str, dict[str, float]]:
         for title, network in {"ResNet18": "resnet18", "AlexNet": "alexnet"}.items():
             made[f"{title} by Transposes to spatial axes first and back"] = paired(dict(layouts(network)), 9)
     return made
-
-
-def stop_spinning(options: Any) -> None:
-    """Threads do not wait awake for their session's next run, which takes time from another's."""
-    options.add_session_config_entry("session.force_spinning_stop", "1")
 
 
 def threads(network: str) -> Iterator[tuple[str, Callable[[], object]]]:

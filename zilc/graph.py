@@ -120,6 +120,11 @@ class Dataflow:
 DifferentiableOperands = Callable[[gs.Node], Callable[[int], bool]]
 
 
+def is_standard(node: gs.Node) -> bool:
+    """Whether a node's operator is one of ONNX's own domain."""
+    return node.domain in (None, "", "ai.onnx")
+
+
 def captured(node: gs.Node) -> list[gs.Tensor]:
     """Outer tensors that the subgraphs of a control-flow node read, constants among them."""
     found: dict[str, gs.Tensor] = {}

@@ -354,7 +354,9 @@ def emit_training(
     make_extra_outputs(training.op, flow, reached)
     updates = outputs == "next"
     folds = []
-    if updates and plan.literal is None:  # gradients that are looked at are those of the literal dynamics to the bit
+    # Gradients that are looked at are those of the literal dynamics to the bit.
+    rearranged = updates and plan.literal is None
+    if rearranged:
         folds = fold_batch_norms(training.op, graph, set(chosen.parameters))
     traced = None
     if algorithm == "bp":
@@ -371,7 +373,7 @@ def emit_training(
     finish_folds(graph, folds)
     graph = take_forms(training.op, spell_out(training.op, graph))
     graph = simplify(graph, updates=updates, target=target, data=training.data, bounded=training.bounded)
-    if updates and plan.literal is None:
+    if rearranged:
         graph = settle_layouts(graph)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:

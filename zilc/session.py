@@ -56,15 +56,20 @@ def make_session(
     Args:
         folder: of external data.
         where: what to call the model in messages.
-        spinning: after a run its threads wait for the next one awake, which takes time from other sessions.
+        spinning: see :func:`stop_spinning`.
 
     Raises:
         ModelError: onnxruntime does not take it.
     """
     options = _options(model, folder, providers)
     if not spinning:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        stop_spinning(options)
     return _open(model, options, providers, where)
+
+
+def stop_spinning(options: Any) -> None:
+    """Threads of a session with these options do not wait awake for its next run, which takes time from others."""
+    options.add_session_config_entry("session.force_spinning_stop", "1")
 
 
 def make_training_session(

@@ -145,13 +145,6 @@ def _as_if_spatial_first(op: Emitter, x: gs.Tensor) -> gs.Tensor:
     return channels_first(op, op.Reshape(x, [*dims[2:], batch, dims[1]]))
 
 
-def _expected(op: Emitter, forms: dict[str, tuple[Form, Work]], *, among: bool) -> dict[str, tuple[Form, Work]]:
-    """Without those of Winograd's forms that were measured with operands in another order of axes than is expected."""
-    if op.lowerings.whole:
-        return forms
-    return {name: form for name, form in forms.items() if (name == AMONG) == among}
-
-
 def weight_cotangent(
     op: Emitter, image: gs.Tensor, map_: gs.Tensor, w: gs.Tensor, window: Window, *, adjoint: bool = False
 ) -> gs.Tensor:
@@ -212,13 +205,18 @@ def _weight_forms(
         found["columns by example, rows on the map"] = (partial(form, batched=True), {**rows, **by_example})
     phases = in_phases(window)
     if _by_winograd(op, w, window):
-        among = not adjoint and not op.lowerings.whole and _is_spatial_first(op, image, w, window)
-        found |= _expected(op, _winograd_weights(counts, map_tiling(window)), among=among)
+        forms = _winograd_weights(counts, map_tiling(window))
+        if not op.lowerings.whole:
+            among = not adjoint and _is_spatial_first(op, image, w, window)
+            # Not those that were measured with operands in another order of axes than is expected.
+            forms = {name: form for name, form in forms.items() if (name == AMONG) == among}
+        found |= forms
     elif phases is not None and phases.kernel == [TAPS, TAPS] and _by_winograd(op, w, phases):
         # With two taps a phase nothing is saved: tiles of 9 elements make 4 outputs, of 9 taps before.
         inner = _counts_in_phases(counts, window, phases)
-        found |= _expected(op, _winograd_weights(inner, map_tiling(phases)), among=False)
-        found.pop(AMONG, None)  # an image that is taken apart has the model's order
+        forms = _winograd_weights(inner, map_tiling(phases))
+        del forms[AMONG]  # an image that is taken apart has the model's order
+        found |= forms
     if op.lowerings.target == "cuda":
         for name in ("volume", "taps", "taps by example"):  # which gathered columns beat there
             found.pop(name, None)
@@ -230,6 +228,7 @@ def _weight_forms(
 
 
 def _winograd_weights(counts: _Counts, tiling: Tiling) -> dict[str, tuple[Form, Work]]:
+    """Winograd's forms of a weight's cotangent, under the names that their costs are kept by."""
     work, products = _tile_work(counts, tiling), counts.batch * tiling.elements
     by_example: Work = {"partial results": products * counts.channels * counts.filters, "products": products}
     return {

@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
+from zilc.graph import is_standard
 
 #: State of a cell: h, and c of an LSTM; None is zero.
 State = tuple[gs.Tensor | None, ...]
@@ -320,7 +321,7 @@ def is_zero(tensor: gs.Tensor | None) -> bool:
                 return bool(held.value == 0)
             return held.nbytes < 1 << 20 and not onnx_io.values(tensor).any()
         node = tensor.inputs[0] if tensor.inputs else None
-        if node is None or node.domain not in (None, "", "ai.onnx"):
+        if node is None or not is_standard(node):
             return False
         if node.op == "ConstantOfShape":
             value = node.attrs.get("value")
