@@ -25,8 +25,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter
-from zilc.graph import STATISTICS, hand_over, is_standard
-from zilc.passes.simplify import Users
+from zilc.graph import STATISTICS, Users, hand_over, is_standard
 from zilc.rules import is_own
 from zilc.vjp import table
 from zilc.vjp.conv import image_cotangent, weight_cotangent

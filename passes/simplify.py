@@ -1,8 +1,8 @@
 """Clean-up after emission, the same for Z-IL and for reverse mode.
 
-Repeated work is never emitted (the emitter reuses what it made).  Left to do here: sums of products become one product,
-the update of a matrix joins the product that makes its gradient, Relu's derivative is taken behind a pool instead of
-in front of it, and what no output reads is dropped.
+Repeated work is never emitted (the emitter reuses what it made).  Left to do here: the update of a matrix joins the
+product that makes its gradient, Relu's derivative is taken behind a pool instead of in front of it, and what no output
+reads is dropped.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import captured, fresh_name, hand_over
+from zilc.graph import Users, captured, fresh_name, hand_over, size
 from zilc.passes.parameters import READ_LIMIT
+from zilc.passes.sums import join_sums
 
-#: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
-SMALL = 1 << 18
+#: On a CPU, matrices of more elements than the first and up to the second are updated behind their gradient's product.
+#: onnxruntime's Gemm copies its addend with one thread, out of whose cache the others then fetch it: up to 1.7 times as
+#: long.  Smaller ones are done before that tells; of larger ones the gradient would cost memory for some hundredths.
+APART = (1 << 16, 1 << 20)
 
 
 def simplify(
@@ -37,7 +40,8 @@ def simplify(
     mask_pooled(graph)
     if updates:
         join_sums(graph)
-        fold_updates(graph)
+        drop_dead(graph)
+        fold_updates(graph, target)
         if target == "cpu":
             multiply_masks(graph, data, bounded)
     return drop_dead(graph)
@@ -59,123 +63,14 @@ def drop_dead(graph: gs.Graph) -> gs.Graph:
     return graph
 
 
-def join_sums(graph: gs.Graph) -> None:
-    """A sum of products is one product over a longer contraction, which a leaf shared over time needs (in place).
-
-    Before:  Add(Add(Gemm(A1, B1), Gemm(A2, B2)), Gemm(A3, B3))
-    After:   Gemm(Concat(A1, A2, A3), Concat(B1, B2, B3)), along the axes that are summed over
-
-    Before:  Add(Add(ReduceSum(x1), ReduceSum(x2)), ReduceSum(x3))
-    After:   ReduceSum(Sum(x1, x2, x3))
-
-    Only where copying the factors moves less memory than the sums that vanish: a weight read at 28 time steps by a
-    batch of 20 costs 28 passes over a gradient of its size.  Not where gradients are outputs: those keep the order of
-    sums that the dynamics define.
-    """
-    users = Users(graph)
-    inner = {id(node) for node in graph.nodes if node.op == "Add" and _is_inner(node, users)}
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
-    replaced: dict[int, list[gs.Node]] = {}
-    for root in graph.nodes:
-        if root.op != "Add" or id(root) in inner:
-            continue
-        terms = _terms(root, users, inner)
-        groups: dict[tuple, list[gs.Node]] = {}
-        for place, term in enumerate(terms):
-            maker = users.maker.get(term.name) if users.count(term) == 1 else None
-            groups.setdefault(_kind(maker, op) or ("alone", place), []).extend([maker] if maker else [])
-        if not any(len(group) > 1 and _pays(group, op) for group in groups.values()):
-            continue
-        op.graph.nodes = []
-        where = {k.removeprefix("zilc."): v for k, v in root.metadata.items()}
-        with op.place(root.name.rpartition("/")[0], **where):
-            parts = []
-            for key, group in groups.items():
-                if len(group) > 1 and _pays(group, op):
-                    parts.append(_joined(group, op))
-                else:
-                    parts += [g.outputs[0] for g in group] or [terms[key[1]]]
-            total = parts[0]
-            for part in parts[1:]:
-                total = op.Add(total, part)
-        hand_over(root, total)
-        replaced[id(root)] = list(op.graph.nodes)
-    if replaced:
-        graph.nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
-        drop_dead(graph)
-
-
-def _is_inner(node: gs.Node, users: Users) -> bool:
-    """An Add that only another Add reads, as its first operand."""
-    reader = users.only(node.outputs[0])
-    return reader is not None and reader.op == "Add" and reader.inputs[0] is node.outputs[0]
-
-
-def _terms(root: gs.Node, users: Users, inner: set[int]) -> list[gs.Tensor]:
-    """The summands of ((a + b) + c) + d, from left to right."""
-    terms = []
-    node: gs.Node | None = root
-    while node is not None:
-        terms.append(node.inputs[1])
-        first = users.maker.get(node.inputs[0].name)
-        if first is None or id(first) not in inner:
-            terms.append(node.inputs[0])
-            break
-        node = first
-    return terms[::-1]
-
-
-def _kind(node: gs.Node | None, op: Emitter) -> tuple | None:
-    """What terms must have in common to be joined: the operator, its attributes and the sizes that stay."""
-    if node is None:
-        return None
-    if node.op == "Gemm" and len(node.inputs) == 2 and node.attrs.get("alpha", 1.0) == 1.0:
-        a, b = (op.dims(t) for t in node.inputs)
-        if a is None or b is None:
-            return None
-        left, right = _contracted(node)
-        sizes = (a[1 - left], b[1 - right])
-        return ("Gemm", left, right, *sizes) if all(isinstance(n, int) for n in sizes) else None
-    if node.op == "ReduceSum" and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
-        dims, axes = op.dims(node.inputs[0]), onnx_io.values(node.inputs[1]).reshape(-1).tolist()
-        if dims is not None and None not in dims:
-            return ("ReduceSum", node.attrs.get("keepdims", 1), tuple(axes), *dims)
-    return None
-
-
-def _contracted(gemm: gs.Node) -> tuple[int, int]:
-    """The axes of a Gemm's two factors that are summed over."""
-    return (0 if gemm.attrs.get("transA") else 1), (1 if gemm.attrs.get("transB") else 0)
-
-
-def _pays(group: list[gs.Node], op: Emitter) -> bool:
-    """Whether less is copied than is added up; a symbolic size (the batch) counts as small."""
-    copied = sum(_size(t) for node in group for t in node.inputs if not isinstance(t, gs.Constant))
-    if group[0].op == "Gemm":
-        a, b = group[0].inputs
-        left, right = _contracted(group[0])
-        return copied <= len(group) * op.dims(a)[1 - left] * op.dims(b)[1 - right]  # type: ignore[index, operator]
-    return copied <= SMALL
-
-
-def _joined(group: list[gs.Node], op: Emitter) -> gs.Tensor:
-    first = group[0]
-    if first.op == "Gemm":
-        left, right = (
-            op.Concat(*(node.inputs[k] for node in group), axis=axis) for k, axis in enumerate(_contracted(first))
-        )
-        return op.Gemm(left, right, **first.attrs)
-    return op.ReduceSum(op.Sum(*(node.inputs[0] for node in group)), first.inputs[1], **first.attrs)
-
-
-def fold_updates(graph: gs.Graph) -> None:
+def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
     """The update of a matrix joins the product that makes its gradient (in place).
 
     Before:  W.next = Sub(W, Gemm(A, B))
     After:   W.next = Gemm(A, B, W, alpha=-1)
 
     No gradient is written, which is most of the memory traffic of a wide layer, and a node less to start on a small
-    one.  Only where nothing else reads the gradient.
+    one.  Only where nothing else reads the gradient.  On a CPU not for matrices in ``APART``.
     """
     users = Users(graph)
     inputs, names = {t.name for t in graph.inputs}, names_of(graph)
@@ -190,6 +85,7 @@ def fold_updates(graph: gs.Graph) -> None:
             and len(gemm.inputs) == 2
             and users.count(node.inputs[1]) == 1
             and gemm.attrs.get("alpha", 1.0) == 1.0
+            and not (target == "cpu" and APART[0] < size(node.inputs[0]) <= APART[1])
         ):
             name = fresh_name(f"{node.name.rpartition('/')[0]}/Gemm", names)
             attrs = {**gemm.attrs, "alpha": -1.0}
@@ -273,7 +169,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
             return tensor.name in finite or not tensor.name
         if tensor.name not in looked_at:
             # Larger ones are never read: they are weights.
-            looked_at[tensor.name] = _size(tensor) >= READ_LIMIT or bool(np.isfinite(onnx_io.values(tensor)).all())
+            looked_at[tensor.name] = size(tensor) >= READ_LIMIT or bool(np.isfinite(onnx_io.values(tensor)).all())
         return looked_at[tensor.name]
 
     for node in graph.nodes:
@@ -304,7 +200,7 @@ def _is_inverse_deviation(node: gs.Node, users: Users, known: Callable[[gs.Tenso
     if total is None or total.op != "Add" or total.inputs[0].inputs or not known(total.inputs[0]):
         return False
     epsilon = total.inputs[1]
-    return isinstance(epsilon, gs.Constant) and _size(epsilon) == 1 and bool((onnx_io.values(epsilon) > 0).all())
+    return isinstance(epsilon, gs.Constant) and size(epsilon) == 1 and bool((onnx_io.values(epsilon) > 0).all())
 
 
 def _is_cast_mask(node: gs.Node) -> bool:
@@ -353,35 +249,4 @@ def _is_less_than_itself(tensor: gs.Tensor, users: Users) -> bool:
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and _size(tensor) == 1 and not onnx_io.values(tensor).any()
-
-
-class Users:
-    """Who makes and who reads each tensor, by name; an output of the graph counts as read, a capture too."""
-
-    def __init__(self, graph: gs.Graph) -> None:
-        self.maker: dict[str, gs.Node] = {}
-        self._readers: dict[str, list[gs.Node | None]] = {}
-        for node in graph.nodes:
-            for tensor in (*node.inputs, *(captured(node) if node.attrs else ())):
-                self._readers.setdefault(tensor.name, []).append(node)
-            for tensor in node.outputs:
-                self.maker[tensor.name] = node
-        for tensor in graph.outputs:
-            self._readers.setdefault(tensor.name, []).append(None)
-
-    def count(self, tensor: gs.Tensor) -> int:
-        """How often a tensor is read."""
-        return len(self._readers.get(tensor.name, ()))
-
-    def only(self, tensor: gs.Tensor) -> gs.Node | None:
-        """The one node that reads a tensor, if there is just one reader."""
-        readers = self._readers.get(tensor.name, ())
-        return readers[0] if len(readers) == 1 else None
-
-
-def _size(tensor: gs.Tensor) -> float:
-    """Elements, symbolic dimensions counted as one; infinite where the shape is unknown."""
-    if tensor.shape is None:
-        return float("inf")
-    return float(np.prod([int(n) for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.float64))
+    return isinstance(tensor, gs.Constant) and size(tensor) == 1 and not onnx_io.values(tensor).any()

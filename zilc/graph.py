@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
@@ -361,3 +362,34 @@ def name_anew(made: gs.Variable, output: gs.Variable) -> None:
     maker = made.inputs[0]
     maker.outputs.clear()
     maker.outputs.append(output)
+
+
+class Users:
+    """Who makes and who reads each tensor, by name; an output of the graph counts as read, a capture too."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.maker: dict[str, gs.Node] = {}
+        self._readers: dict[str, list[gs.Node | None]] = {}
+        for node in graph.nodes:
+            for tensor in (*node.inputs, *(captured(node) if node.attrs else ())):
+                self._readers.setdefault(tensor.name, []).append(node)
+            for tensor in node.outputs:
+                self.maker[tensor.name] = node
+        for tensor in graph.outputs:
+            self._readers.setdefault(tensor.name, []).append(None)
+
+    def count(self, tensor: gs.Tensor) -> int:
+        """How often a tensor is read."""
+        return len(self._readers.get(tensor.name, ()))
+
+    def only(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The one node that reads a tensor, if there is just one reader."""
+        readers = self._readers.get(tensor.name, ())
+        return readers[0] if len(readers) == 1 else None
+
+
+def size(tensor: gs.Tensor) -> float:
+    """Elements, symbolic dimensions counted as one; infinite where the shape is unknown."""
+    if tensor.shape is None:
+        return float("inf")
+    return float(np.prod([int(n) for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.float64))

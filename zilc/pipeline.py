@@ -41,6 +41,7 @@ from zilc.passes.recompute import recompute
 from zilc.passes.reverse import reverse_mode
 from zilc.passes.simplify import simplify
 from zilc.passes.spell_out import spell_out
+from zilc.passes.sums import multiply_row_sums
 from zilc.passes.training import (
     Clamp,
     Outputs,
@@ -375,6 +376,8 @@ def emit_training(
     graph = simplify(graph, updates=updates, target=target, data=training.data, bounded=training.bounded)
     if rearranged:
         graph = settle_layouts(graph)
+        if target == "cpu":
+            graph = multiply_row_sums(graph)
     made = _signature(training, found, chosen, algorithm, plan)
     if traced is not None:
         made["trace"] = traced

@@ -11,73 +11,11 @@ import pytest
 
 import zilc
 from tests.graphs import initial, model
+from tests.passes.test_sums import shared, updates
 from zilc import lowerings
 from zilc.executors import executor
 from zilc.passes import simplify
 from zilc.pipeline import TrainingStep
-
-#: One weight and one bias at three time steps.
-SHARED = """
-<ir_version: 10, opset_import: ["" : 18]>
-shared (float[8,4] x) => (float[8,6] y) <float[6,4] v, float[6,6] w, float[6] b> {
-  h0 = Gemm<transB = 1>(x, v)
-  a1 = Gemm<transB = 1>(h0, w, b)
-  h1 = Tanh(a1)
-  a2 = Gemm<transB = 1>(h1, w, b)
-  h2 = Tanh(a2)
-  y = Gemm<transB = 1>(h2, w, b)
-}
-"""
-
-
-def shared(rows: int = 8, dtype: str = "float32") -> onnx.ModelProto:
-    return model(SHARED.replace("[8,", f"[{rows},"), dtype=dtype)
-
-
-def updates(proto: onnx.ModelProto, dtype: str, **options) -> tuple[TrainingStep, dict]:
-    step = zilc.emit_training(proto, **options)
-    rng = np.random.default_rng(0)
-    rows = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    feeds = {"x": rng.standard_normal((rows, 4)).astype(dtype), "target": rng.standard_normal((rows, 6)).astype(dtype)}
-    return step, executor(step.model)(initial(step, feeds, lr=0.25))
-
-
-def count(step) -> Counter:
-    """Operators of gradients, and of what an update is made with."""
-    names = ("gradient", "optimizer/Gemm")
-    return Counter(node.op_type for node in step.model.graph.node if any(name in node.name for name in names))
-
-
-@pytest.mark.parametrize("algorithm", ["zil", "bp"])
-def test_sums_over_time_are_one_product(algorithm):
-    """Three products and two additions of w's gradient, three sums and two additions of b's."""
-    joined = count(updates(shared(2), "float32", algorithm=algorithm)[0])
-    assert joined["Gemm"] == 2  # of v, of w
-    assert joined["Concat"] == 2
-    assert joined["ReduceSum"] == joined["Sum"] == 1
-    assert joined["Add"] == 0
-
-
-def test_gradients_keep_their_order_of_sums():
-    plain = Counter(node.op_type for node in updates(shared(2), "float32", outputs="both")[0].model.graph.node)
-    assert plain["Gemm"] == 4 + 3 + 4  # forward, errors, gradients
-    assert plain["Concat"] == 0
-
-
-def test_a_large_batch_is_not_copied():
-    """Eight rows of 6 + 6 are more than a gradient of 6 x 6."""
-    assert count(updates(shared(8), "float32")[0])["Concat"] == 0
-
-
-@pytest.mark.parametrize("rows", [2, 8])
-def test_joined_or_not_the_update_is_the_same(rows):
-    proto = shared(rows, "float64")
-    step, made = updates(proto, "float64")
-    both, apart = updates(proto, "float64", outputs="both")
-    for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
-        p = np.asarray(step.state[entry["name"]])
-        np.testing.assert_allclose(made[entry["next"]], p - 0.25 * apart[other["grad"]], rtol=0, atol=1e-14)
-        np.testing.assert_allclose(apart[other["next"]], p - 0.25 * apart[other["grad"]], rtol=0, atol=1e-15)
 
 
 def test_the_rate_enters_once():
@@ -112,6 +50,21 @@ def test_a_matrix_takes_its_update_from_the_product():
     assert made["w.next"].op_type == "Sub"  # of a sum of two products, which nothing joins here
     both = {node.output[0]: node for node in zilc.emit_training(shared(8), outputs="both").model.graph.node}
     assert both["v.next"].op_type == "Sub"  # there its gradient is an output
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "target", "joined"),
+    [(5, 10, "cpu", True), (4, 10, "cpu", True), (1, 3, "cpu", True), (3, 4, "cpu", False), (1, 5, "cpu", False),
+     (3, 4, "cuda", True)],
+)  # fmt: skip
+def test_a_matrix_of_middle_size_is_updated_apart_on_a_cpu(monkeypatch, first, last, target, joined):
+    """v is [6, 4]; the limits are in units of 6 elements."""
+    monkeypatch.setattr(simplify, "APART", (6 * first, 6 * last))
+    step, made = updates(shared(8), "float32", target=target)
+    assert ({n.output[0]: n.op_type for n in step.model.graph.node}["v.next"] == "Gemm") == joined
+    both, apart = updates(shared(8), "float32", outputs="both")
+    np.testing.assert_allclose(made["v.next"], apart["v.next"], rtol=0, atol=1e-6)
+    assert both.signature["parameters"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
