@@ -1,8 +1,8 @@
 """Clean-up after emission, the same for Z-IL and for reverse mode.
 
-Repeated work is never emitted (the emitter reuses what it made).  Left to do here: the update of a matrix joins the
-product that makes its gradient, Relu's derivative is taken behind a pool instead of in front of it, and what no output
-reads is dropped.
+Repeated work is never emitted (the emitter reuses what it made).  Left to do here: what stands around products of
+gradients and errors (:mod:`zilc.passes.products`) and sums of them (:mod:`zilc.passes.sums`), Relu's derivative, which
+is taken behind a pool instead of in front of it, and what no output reads is dropped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import Users, captured, fresh_name, hand_over, size
+from zilc.graph import Users, captured, hand_over, size
 from zilc.passes.parameters import READ_LIMIT
+from zilc.passes.products import fold_updates, move_factors, sum_over_values, turn_products
 from zilc.passes.sums import join_sums
-
-#: On a CPU, matrices of more elements than the first and up to the second are updated behind their gradient's product.
-#: onnxruntime's Gemm copies its addend with one thread, out of whose cache the others then fetch it: up to 1.7 times as
-#: long.  Smaller ones are done before that tells; of larger ones the gradient would cost memory for some hundredths.
-APART = (1 << 16, 1 << 20)
 
 
 def simplify(
@@ -40,7 +36,10 @@ def simplify(
     mask_pooled(graph)
     if updates:
         join_sums(graph)
+        turn_products(graph)
         drop_dead(graph)
+        move_factors(graph)
+        sum_over_values(graph)
         fold_updates(graph, target)
         if target == "cpu":
             multiply_masks(graph, data, bounded)
@@ -61,44 +60,6 @@ def drop_dead(graph: gs.Graph) -> gs.Graph:
     kept.reverse()
     graph.nodes = kept
     return graph
-
-
-def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
-    """The update of a matrix joins the product that makes its gradient (in place).
-
-    Before:  W.next = Sub(W, Gemm(A, B))
-    After:   W.next = Gemm(A, B, W, alpha=-1)
-
-    No gradient is written, which is most of the memory traffic of a wide layer, and a node less to start on a small
-    one.  Only where nothing else reads the gradient.  On a CPU not for matrices in ``APART``.
-    """
-    users = Users(graph)
-    inputs, names = {t.name for t in graph.inputs}, names_of(graph)
-    kept = []
-    for node in graph.nodes:
-        gemm = users.maker.get(node.inputs[1].name) if node.op == "Sub" else None
-        if (
-            gemm is not None
-            and node.metadata.get("zilc.role") == "optimizer"  # the model's own Sub may broadcast
-            and node.inputs[0].name in inputs
-            and gemm.op == "Gemm"
-            and len(gemm.inputs) == 2
-            and users.count(node.inputs[1]) == 1
-            and gemm.attrs.get("alpha", 1.0) == 1.0
-            and not (target == "cpu" and APART[0] < size(node.inputs[0]) <= APART[1])
-        ):
-            name = fresh_name(f"{node.name.rpartition('/')[0]}/Gemm", names)
-            attrs = {**gemm.attrs, "alpha": -1.0}
-            attrs.pop("beta", None)  # of an addend that was not there
-            made = gs.Node("Gemm", name=name, attrs=attrs, inputs=[*gemm.inputs])
-            made.inputs.append(node.inputs[0])
-            made.metadata, result = dict(node.metadata), node.outputs[0]
-            result.inputs.clear()  # node makes it no more
-            made.outputs = [result]
-            kept.append(made)
-        else:
-            kept.append(node)
-    graph.nodes = kept
 
 
 def mask_pooled(graph: gs.Graph) -> None:

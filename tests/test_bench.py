@@ -62,6 +62,13 @@ def test_targets_name_peers_and_networks_that_there_are() -> None:
         assert set(target.networks) <= set(bench.ALL)
 
 
+def test_twins_are_built_first_and_last_and_count_as_the_mean_of_both() -> None:
+    assert bench.lineup(("zilc", "zilc-bp", "torch"), twice=True) == ["zilc", "zilc-bp", "torch", "zilc-bp", "zilc"]
+    assert bench.lineup(("zilc", "torch"), twice=False) == ["zilc", "torch"]
+    assert bench.together([{0: 2.0, 1: 8.0}, {1: 2.0, 2: 1.0}]) == {1: 4.0}
+    assert bench.together([{0: 3.0}]) == {0: 3.0}
+
+
 def test_ratios_are_of_the_rounds_that_both_had() -> None:
     middle, low, high = bench.ratio({0: 1.0, 1: 4.0, 2: 9.0}, {1: 2.0, 2: 4.5}, np.random.default_rng(0))
     assert middle == low == high == 2.0
@@ -290,6 +297,7 @@ def test_one_run(tmp_path: Path) -> None:
         assert peer["ms"] > 0
         assert 0 < peer["growth_mib"] < peer["peak_mib"]
     assert len(sgd["peers"]["torch"]["zilc_ratio"]) == 3
+    assert {name for name, peer in sgd["peers"].items() if len(peer.get("each_ms", ())) == 2} == {"zilc", "zilc-bp"}
     page = bench.markdown(data["results"], data["facts"])
     assert "| mlp2 | 20 | zilc-literal |" in page
     assert "| mlp2, adam | 20 | torch |" in page

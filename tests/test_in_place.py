@@ -30,6 +30,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "rnn": {},
     "resnet18": {"image": 33, "width": 8, "classes": 10},
     "transformer": {"vocabulary": 50, "length": 6, "d_model": 16, "heads": 2, "d_ff": 32},
+    "decoder": {"vocabulary": 50, "length": 6, "d_model": 16, "heads": 2},
 }
 
 
@@ -143,6 +144,72 @@ def test_who_reads_a_value_by_another_name_comes_first_too() -> None:
     opened.session.run_with_iobinding(binding)
     np.testing.assert_allclose(held["a"].numpy(), a - a @ b, rtol=1e-5)
     np.testing.assert_allclose(held["c"].numpy(), c - a.reshape(6) * ((a @ b).reshape(6) * c), rtol=1e-5)
+
+
+def test_what_a_value_is_made_over_is_made_over_the_value_before() -> None:
+    """p is written over a, and a2 over p: who reads a runs before p is made, who reads p before a2 is."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]> twice (float[3, 3] a, float[3, 3] b)
+        => (float[3, 3] a2, float[3, 3] c) {
+            p = Gemm <alpha = -1.0> (b, b, a)
+            a2 = Sub(p, b)
+            d = MatMul(p, b)
+            e = Neg(a)
+            c = Add(d, e)
+        }"""
+    )
+    opened = make_training_session(model, CPU, [("a", "a2")])
+    assert opened.over == {"a"}
+    assert opened.through == {"p": "a"}
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
+    held = ort.OrtValue.ortvalue_from_numpy(a.copy(), "cpu")
+    binding = opened.session.io_binding()
+    binding.bind_cpu_input("b", b)
+    binding.bind_ortvalue_input("a", held)
+    for name in ("a2", "p"):
+        binding.bind_ortvalue_output(name, held)
+    binding.bind_output("c")
+    opened.session.run_with_iobinding(binding)
+    np.testing.assert_allclose(held.numpy(), a - b @ b - b, rtol=1e-5)
+    # Outputs come in the order in which they are bound.
+    np.testing.assert_allclose(binding.get_outputs()[2].numpy(), (a - b @ b) @ b - a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "over"),
+    [
+        # p is made over nothing that a2 is made over.
+        ("p = Gemm (b, b, row)\n a2 = Sub(p, b)\n row2 = Sub(row, row)", {"a", "row"}),
+        # a is read behind p, by what a2 is made of.
+        ("p = Gemm (b, b, a)\n d = MatMul(a, p)\n a2 = Sub(p, d)\n row2 = Sub(row, row)", {"a", "row"}),
+        # a2 reads a itself.
+        ("p = Gemm (b, b, a)\n d = Sub(p, b)\n a2 = Sum(d, a)\n row2 = Sub(row, row)", {"row"}),
+        # MatMul reads p over and over while it writes.
+        ("p = Gemm (b, b, a)\n a2 = MatMul(p, b)\n row2 = Sub(row, row)", {"a", "row"}),
+    ],
+)
+def test_what_cannot_be_made_over_the_value_gets_memory_of_its_own(body: str, over: set[str]) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 18]> apart (float[3, 3] a, float[3] row, float[3, 3] b)
+        => (float[3, 3] a2, float[3] row2) {{
+            {body}
+        }}"""
+    )
+    opened = make_training_session(model, CPU, [("a", "a2"), ("row", "row2")])
+    assert opened.over == over
+    assert not opened.through
+
+
+def test_a_tied_table_is_written_over_twice() -> None:
+    step, feeds = _emitted("decoder")
+    trainer = zilc.Trainer(step, lr=0.01, providers=CPU)
+    assert list(trainer._opened.through.values()) == ["embedding.weight"]
+    before = trainer.state["embedding.weight"]
+    trainer.step(feeds)
+    assert np.abs(trainer.state["embedding.weight"] - before).max() > 1e-4
+    assert len(trainer.last) == 1  # predictions, and nothing of what is in between
+    assert trainer.last["logits"].shape == (4, 6, 50)
 
 
 def test_one_buffer_serves_both_sets() -> None:

@@ -12,6 +12,7 @@ import pytest
 import zilc
 from zilc import models, session, touched_rows
 from zilc import signature as signatures
+from zilc.passes import products
 
 CPU = ["CPUExecutionProvider"]
 TABLE = """
@@ -63,12 +64,16 @@ def _touched(step: zilc.TrainingStep) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("text", "classes", "kind"),
-    [(TABLE, 5, "Sub"), (TIED, 7, "Add"), (TABLE.replace("int64[N, 3]", "int32[N, 3]"), 5, "Sub")],
-)
+    ("text", "classes", "kind", "apart"),
+    [
+        (TABLE, 5, "Sub", (0, 0)), (TIED, 7, "Sub", (0, 0)), (TIED, 7, "Add", (0, 28)),
+        (TABLE.replace("int64[N, 3]", "int32[N, 3]"), 5, "Sub", (0, 0)),
+    ],
+)  # fmt: skip
 def test_the_bits_are_those_of_the_whole_table(
-    monkeypatch: pytest.MonkeyPatch, text: str, classes: int, kind: str
+    monkeypatch: pytest.MonkeyPatch, text: str, classes: int, kind: str, apart: tuple[int, int]
 ) -> None:
+    monkeypatch.setattr(products, "APART", apart)
     step = zilc.emit_training(_model(text), loss="cross-entropy")
     feeds = _batches(classes)
     if "int32" in text:

@@ -5,7 +5,8 @@ graph in ONNX Runtime, and JAX.  Each trains the same network from the same weig
 included, in a process of its own, on the same processors; its first losses are checked, so that no peer does less
 work.  Rounds go from peer to peer, in an order of their own each time, so that a machine that slows down slows all of
 them.  Quoted are medians over rounds, and ratios of the same rounds with a bootstrapped 95 % interval.  zilc's Z-IL
-and backpropagation, whose graphs hold the same nodes, go on alone for as many rounds again, twice.
+and backpropagation, whose graphs hold the same nodes, go on alone for as many rounds again, twice, and are built twice,
+before all others and behind them.
 
 ``make bench`` sets up the environments of the peers that need their own, and runs this.  ``--write`` writes
 docs/BENCHMARKS.md and docs/benchmarks.json.
@@ -230,6 +231,12 @@ def ratio(a: dict[int, float], b: dict[int, float], rng: np.random.Generator) ->
     return float(np.median(pairs)), float(low), float(high)
 
 
+def together(rounds: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Geometric means over processes of the rounds that all of them had."""
+    shared = set.intersection(*(set(each) for each in rounds))
+    return {number: math.prod(each[number] for each in rounds) ** (1 / len(rounds)) for number in sorted(shared)}
+
+
 @dataclass(frozen=True)
 class Case:
     """A network to measure, in one form.
@@ -355,16 +362,27 @@ class Started:
     case: Case
     made: Prepared
     folder: tempfile.TemporaryDirectory[str]
-    peers: dict[str, Future[Peer]]
+    peers: list[tuple[str, Future[Peer]]]
+
+
+def lineup(peers: Sequence[str], *, twice: bool) -> list[str]:
+    """Processes in the order in which they are built, by peer.
+
+    One after another on a CPU, the sooner a process was built the slower it is here, by some hundredths.  So zilc's
+    twins are built twice, before all others and behind them, and count as the mean of both: what is nearly the same can
+    then be compared.
+    """
+    return [*peers, *reversed([name for name in peers if twice and name in TWINS])]
 
 
 def start(case: Case, options: argparse.Namespace, pool: ThreadPoolExecutor) -> Started:
     """Write a case's files, and let the pool build its peers."""
     folder = tempfile.TemporaryDirectory()
     made = prepare(Path(folder.name), case, options)
-    peers = {
-        name: pool.submit(Peer, name, made.task, options.patience, options.round_ms) for name in case.peers
-    }  # fmt: skip
+    peers = [
+        (name, pool.submit(Peer, name, made.task, options.patience, options.round_ms))
+        for name in lineup(case.peers, twice=options.device == "cpu" and options.builds == 1)
+    ]
     return Started(case, made, folder, peers)
 
 
@@ -395,32 +413,40 @@ def finish(
         results: of the cases before it.
     """
     case, made = started.case, started.made
-    built = {name: future.result() for name, future in started.peers.items()}
+    built: dict[str, list[Peer]] = {name: [] for name in case.peers}
+    for name, future in started.peers:
+        built[name].append(future.result())
     started.folder.cleanup()
     running: list[Peer] = []
     failed: dict[str, str] = {}
     own: list[float] | None = None
-    for name, peer in built.items():
-        reason = peer.facts.get("failed")
+    for name, peers in built.items():
+        reason = next((peer.facts["failed"] for peer in peers if "failed" in peer.facts), None)
         if reason is None:
             after = expected_after(case, made.loss, own, results)
-            reason = fault(
-                name, case.network, peer.facts, loss=made.loss, after=after, parameters=made.parameters,
-                precision=case.precision,
-            )  # fmt: skip
+            reasons = [
+                fault(
+                    name, case.network, peer.facts, loss=made.loss, after=after, parameters=made.parameters,
+                    precision=case.precision,
+                )
+                for peer in peers
+            ]  # fmt: skip
+            reason = next((found for found in reasons if found is not None), None)
         if reason is not None:
             failed[name] = reason
             console.print(f"{case}: {name} failed: {reason}", style="yellow", markup=False)
-            peer.close()
+            for peer in peers:
+                peer.close()
             continue
         if name == "zilc":
-            own = peer.facts["losses"]
-        running.append(peer)
+            own = peers[0].facts["losses"]
+        running += peers
     for peer in running:
         peer.warm()
     rng = np.random.default_rng(0)
     twins = [peer for peer in running if peer.name in TWINS]
-    more = TWIN_ROUNDS * case.rounds if len(twins) == len(TWINS) and options.device == "cpu" else case.rounds
+    paired = {peer.name for peer in twins} == set(TWINS)
+    more = TWIN_ROUNDS * case.rounds if paired and options.device == "cpu" else case.rounds
     for count in range(more):
         those = running if count < case.rounds else twins
         # In an order of its own each time: nobody always comes after the same neighbour, and what that one leaves.
@@ -428,25 +454,31 @@ def finish(
             slow = peer.spent > options.seconds and len(peer.rounds) >= LEAST_ROUNDS
             if "failed" not in peer.facts and not slow:
                 peer.round(count)
-    base = next((p for p in running if p.name == "zilc" and "failed" not in p.facts), None)
+    times = {name: together([peer.rounds for peer in peers]) for name, peers in built.items()}
+    base = "zilc" in built and not any("failed" in peer.facts for peer in built["zilc"])
     entries: dict[str, Any] = {}
-    for name, peer in built.items():
+    for name, peers in built.items():
         if name in failed:
             entries[name] = {"failed": failed[name]}
             continue
-        known = dict(peer.facts)
-        memory = None if "failed" in known else peer.end()
-        if memory is None:
-            entries[name] = {"failed": peer.facts["failed"]}
-            peer.close()
+        known = dict(peers[0].facts)
+        memories = [None if "failed" in peer.facts else peer.end() for peer in peers]
+        whole = [memory for memory in memories if memory is not None]
+        if len(whole) < len(peers):
+            entries[name] = {"failed": next(peer.facts["failed"] for peer in peers if "failed" in peer.facts)}
+            for peer in peers:
+                peer.close()
             continue
-        low, mid, high = np.percentile(list(peer.rounds.values()), (0, 50, 100))
+        memory = {key: max(each[key] for each in whole) for key in whole[0]}
+        low, mid, high = np.percentile(list(times[name].values()), (0, 50, 100))
         entry = {
-            "ms": float(mid), "min": float(low), "max": float(high), "rounds": len(peer.rounds), **memory,
+            "ms": float(mid), "min": float(low), "max": float(high), "rounds": len(times[name]), **memory,
             "growth_mib": memory["peak_mib"] - known["imported_mib"], **known,
         }  # fmt: skip
-        if base is not None and peer is not base:
-            entry["zilc_ratio"] = ratio(base.rounds, peer.rounds, rng)
+        if len(peers) > 1:
+            entry["each_ms"] = [float(np.median(list(peer.rounds.values()))) for peer in peers]
+        if base and name != "zilc":
+            entry["zilc_ratio"] = ratio(times["zilc"], times[name], rng)
         entries[name] = entry
     work = {} if made.gflop is None else {"gflop": made.gflop}
     return case.result(entries, parameters=made.parameters, loss=made.loss, **work)
@@ -525,7 +557,7 @@ def measure_all(
                 except Exception as error:
                     broken(case, error)
             for each in started:
-                for future in each.peers.values():
+                for _, future in each.peers:
                     future.exception()  # waits: nothing is built while others are timed
             for each in started:
                 try:
@@ -579,7 +611,8 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "Machines of this kind are noisy: read the ratios.  Memory is that of the peer's process: its peak, how much",
         "of it came after the imports, and the peak in steps alone, once the step was built and run twice.",
         "Peers have a new order in each round; zilc and zilc-bp, whose graphs hold the same nodes, go on alone to",
-        f"{TWIN_ROUNDS} times the rounds.",
+        f"{TWIN_ROUNDS} times the rounds.  The sooner a process was built the slower it is here, by some hundredths:",
+        "so these two are built twice, before all others and behind them, and count as the geometric mean of both.",
         "",
         ", ".join(f"{k} {v}" for k, v in facts.items()) + ".",
         "",

@@ -121,6 +121,8 @@ class Bindings:
         for name, following in self._pairs:
             binding.bind_ortvalue_input(name, self._sides[side][name].value)
             binding.bind_ortvalue_output(following, self._sides[1 - side][name].value)
+        for made, name in self._opened.through.items():
+            binding.bind_ortvalue_output(made, self._sides[side][name].value)
         name, buffer = self._loss
         binding.bind_ortvalue_output(name, buffer.value)
         self._bind_others(binding)

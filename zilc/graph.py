@@ -382,6 +382,10 @@ class Users:
         """How often a tensor is read."""
         return len(self._readers.get(tensor.name, ()))
 
+    def readers(self, tensor: gs.Tensor) -> list[gs.Node | None]:
+        """Who reads a tensor, as often as it does; None stands for the graph's output."""
+        return list(self._readers.get(tensor.name, ()))
+
     def only(self, tensor: gs.Tensor) -> gs.Node | None:
         """The one node that reads a tensor, if there is just one reader."""
         readers = self._readers.get(tensor.name, ())

@@ -45,12 +45,14 @@ class Ordered:
     Attributes:
         model: the nodes in the order in which they run.
         over: inputs that their ``next`` may be written over.
+        through: what is written over them on the way there, and which of them; outputs of the graph now.
         harmless: names of nodes that run before anything is written over; a run that fails in one of them has changed
             no state.
     """
 
     model: onnx.ModelProto
     over: frozenset[str]
+    through: Mapping[str, str]
     harmless: frozenset[str]
 
 
@@ -61,6 +63,7 @@ def in_place(
     *,
     may: Mapping[str, tuple[int, ...]] = _OVER,
     partly: bool = True,
+    chains: bool = True,
 ) -> Ordered:
     """Order an optimised graph so that as much of the state as possible can be written over itself.
 
@@ -71,6 +74,7 @@ def in_place(
         pairs: (input, output) that is fed back to it.
         may: operators that may write over an operand, and over which.
         partly: whether some of the state may be written over where not all of it can.
+        chains: whether a state may be written over twice: what its ``next`` is made over is made over the state first.
     """
     graph = optimised.graph
     nodes = list(graph.node)
@@ -89,6 +93,7 @@ def in_place(
     over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, may)}
     if not partly and len(over) < len(pairs):
         over = set()
+    through = _between(graph, over, writers, producer, readers, may) if chains else {}
     # What the loss and the predictions need comes first: there, and only there, data can be at fault (an index out of
     # range), and then nothing has been written over yet.
     fed_back = {made for _, made in pairs}
@@ -100,6 +105,9 @@ def in_place(
         waits = [*map(set, before), set(forward)]
         for name in over:
             writer = writers[name]
+            if name in through:
+                last, writer = writer, producer[through[name]]
+                waits[last] |= _readers(through[name], nodes, readers) - {last}
             waits[writer] |= readers[name] - {writer}
             if writer not in forward:
                 waits[writer].add(done)
@@ -108,11 +116,16 @@ def in_place(
             break
         # Two updates that read each other's parameter: whatever is left could not be ordered.
         left = set(range(len(nodes))) - set(order)
+        chained = {name for name in through if writers[name] in left}
+        if chained:
+            through = {name: made for name, made in through.items() if name not in chained}
+            continue
         over -= {name for name in over if writers[name] in left}
         if not partly:
             over = set()
     order.remove(done)
-    writing = {writers[name] for name in over}
+    through = {name: made for name, made in through.items() if name in over}
+    writing = {producer[through[name]] if name in through else writers[name] for name in over}
     first = next((position for position, i in enumerate(order) if i in writing), len(order))
     taken = {node.name for node in nodes}
     for i, node in enumerate(nodes):
@@ -124,7 +137,40 @@ def in_place(
     harmless = set(names[:first]) - set(names[first:]) - {""}
     del graph.node[:]
     graph.node.extend(nodes[i] for i in order)
-    return Ordered(optimised, frozenset(over), frozenset(harmless))
+    infos = {info.name: info for info in graph.input}
+    for name, made in through.items():
+        graph.output.add().CopyFrom(infos[name])
+        graph.output[-1].name = made
+    return Ordered(optimised, frozenset(over), {made: name for name, made in through.items()}, frozenset(harmless))
+
+
+def _between(
+    graph: onnx.GraphProto,
+    over: Iterable[str],
+    writers: Mapping[str, int],
+    producer: Mapping[str, int],
+    readers: Mapping[str, set[int]],
+    may: Mapping[str, tuple[int, ...]],
+) -> dict[str, str]:
+    """By state, what is made over it and is then written over by its ``next``.
+
+    It has the state's shape: a result has at least as many elements as what it is made over, and ``next`` as many as
+    the state.
+    """
+    results = {output.name for output in graph.output}
+    found = {}
+    for name in over:
+        last = graph.node[writers[name]]
+        if writers[name] in readers[name]:
+            continue
+        for made in dict.fromkeys(last.input[k] for k in may.get(last.op_type, ()) if k < len(last.input)):
+            if made not in producer or made in results:
+                continue
+            first = graph.node[producer[made]]
+            if name in first.input and _may_write_over(first, name, may) and _may_write_over(last, made, may):
+                found[name] = made
+                break
+    return found
 
 
 def _readers(name: str, nodes: list[onnx.NodeProto], readers: dict[str, set[int]]) -> set[int]:

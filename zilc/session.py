@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class TrainingSession:
         over: inputs whose successors it may write over them: one buffer serves both.
         harmless: names of nodes that run before anything is written over.
         captures: whether it records runs as CUDA graphs and replays them, see :class:`zilc.bindings.Bound`.
+        through: outputs that are written over these inputs in between, and over which: the buffer serves them too.
     """
 
     session: Any
     over: frozenset[str] = frozenset()
     harmless: frozenset[str] = frozenset()
     captures: bool = False
+    through: Mapping[str, str] = field(default_factory=dict)
 
     def unharmed(self, error: Exception) -> bool:
         """Whether a run that failed has left all state as it was, as far as onnxruntime's message tells."""
@@ -114,14 +116,15 @@ def make_training_session(
         _open(model, options, providers, where)
         optimised = onnx.load(options.optimized_model_filepath)
     if on_cuda:
-        ordered = in_place(optimised, model, pairs, may=CUDA_OVER, partly=False)
+        ordered = in_place(optimised, model, pairs, may=CUDA_OVER, partly=False, chains=False)
     else:
         ordered = in_place(optimised, model, pairs)
     options = _options(model, folder, providers)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done, and the order stays
     recording = _recording(ordered.model, options, providers, where) if on_cuda and cuda_graph else None
     session = recording or _open(ordered.model, options, providers, where)
-    return TrainingSession(session, ordered.over, ordered.harmless, captures=recording is not None)
+    captures = recording is not None
+    return TrainingSession(session, ordered.over, ordered.harmless, captures=captures, through=ordered.through)
 
 
 def recording_session(model: onnx.ModelProto, providers: Providers) -> Any:

@@ -10,7 +10,7 @@ Before:  t.next = Sub(t, ScatterElements(zeros of t's shape, rows, g, reduction=
 After:   named, place = Unique(rows)
          t.next = ScatterND(t, named, Sub(Gather(t, named), ScatterElements(zeros, place, g, reduction=add)))
 
-and the same for Add, where a table is also the last layer's weight.
+and the same where a table is also the last layer's weight, whose update is made first or whose gradient is added.
 """
 
 from __future__ import annotations
@@ -80,12 +80,16 @@ def _sums(graph: onnx.GraphProto, pairs: Iterable[tuple[str, str]]) -> Iterator[
     held = {t.name: t for t in graph.initializer}
     for table, following in pairs:
         update = producer.get(following)
-        if update is None or update.op_type != "Sub" or update.input[0] != table or not _large(shapes.get(table)):
+        if update is None or update.op_type != "Sub" or not _large(shapes.get(table)):
+            continue
+        base = producer.get(update.input[0])
+        updated = base is not None and base.op_type == "Gemm" and list(base.input[2:]) == [table]
+        if update.input[0] != table and not (updated and readers[update.input[0]] == 1):
             continue
         gradient = producer.get(update.input[1])
         if gradient is None or readers[update.input[1]] > 1:
             continue
-        candidates = [(update, table, update.input[1])]
+        candidates = [(update, *update.input)]
         if gradient.op_type == "Add":
             candidates = [(gradient, *gradient.input), (gradient, *reversed(gradient.input))]
         for node, base, changed_by in candidates:

@@ -14,7 +14,7 @@ from tests.graphs import initial, model
 from tests.passes.test_sums import shared, updates
 from zilc import lowerings
 from zilc.executors import executor
-from zilc.passes import simplify
+from zilc.passes import products, simplify
 from zilc.pipeline import TrainingStep
 
 
@@ -59,12 +59,61 @@ def test_a_matrix_takes_its_update_from_the_product():
 )  # fmt: skip
 def test_a_matrix_of_middle_size_is_updated_apart_on_a_cpu(monkeypatch, first, last, target, joined):
     """v is [6, 4]; the limits are in units of 6 elements."""
-    monkeypatch.setattr(simplify, "APART", (6 * first, 6 * last))
+    monkeypatch.setattr(products, "APART", (6 * first, 6 * last))
     step, made = updates(shared(8), "float32", target=target)
     assert ({n.output[0]: n.op_type for n in step.model.graph.node}["v.next"] == "Gemm") == joined
     both, apart = updates(shared(8), "float32", outputs="both")
     np.testing.assert_allclose(made["v.next"], apart["v.next"], rtol=0, atol=1e-6)
     assert both.signature["parameters"]
+
+
+TIED = """
+<ir_version: 10, opset_import: ["" : 18]>
+tied (float[3,4] x, int64[3] rows) => (float[3,6] y) <float[6,4] v, float[4,4] w> {
+  a = Gather(v, rows)
+  b = MatMul(x, w)
+  c = MatMul(b, w)
+  h = Add(a, c)
+  t = Transpose<perm = [1, 0]>(v)
+  y = MatMul(h, t)
+}
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "bp"])
+def test_products_among_the_parts_of_a_gradient_join_the_update(algorithm):
+    """v is read transposed, and by rows; w twice, by products that are too large to be joined over time."""
+    proto = model(TIED)
+    feeds = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) % 5 - 2, "rows": np.asarray([5, 0, 5]),
+             "target": np.arange(18, dtype=np.float32).reshape(3, 6) % 7 - 3}  # fmt: skip
+    step = zilc.emit_training(proto, algorithm=algorithm)
+    made = {node.output[0]: node for node in step.model.graph.node}
+    kinds = {}
+    for name in ("v", "w"):
+        last = made[f"{name}.next"]
+        first = made[last.input[0] if last.op_type == "Sub" else last.input[2]]
+        kinds[name] = (first.op_type, first.input[2], last.op_type)
+    assert kinds == {"v": ("Gemm", "v", "Sub"), "w": ("Gemm", "w", "Gemm")}
+    assert not any(n.op_type == "Transpose" and "v.gradient" in n.output[0] for n in step.model.graph.node)
+    both = zilc.emit_training(proto, algorithm=algorithm, outputs="both")
+    state = {name: np.rint(4 * value).astype(np.float32) for name, value in step.state.items()}
+    whole = executor(step.model)({**initial(step, feeds, lr=0.25), **state})
+    apart = executor(both.model)({**initial(both, feeds, lr=0.25), **state})
+    for name in ("v", "w"):  # whole numbers and a power of two: exact in any order
+        np.testing.assert_array_equal(whole[f"{name}.next"], apart[f"{name}.next"])
+        assert np.abs(apart[f"{name}.next"] - state[name]).max() > 1
+
+
+def test_the_models_own_transposed_products_stay():
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    turned (float[3,4] x) => (float[6,3] y) <float[4,6] w> {
+      h = Gemm(x, w)
+      y = Transpose<perm = [1, 0]>(h)
+    }
+    """
+    kinds = [node.op_type for node in zilc.emit_training(model(text)).model.graph.node]
+    assert kinds[:2] == ["Gemm", "Transpose"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
