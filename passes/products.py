@@ -6,6 +6,7 @@ for rounding.  So it is for updates alone: gradients that are looked at keep the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from zilc.graph import Users, fresh_name, hand_over, name_anew, size
 APART = (1 << 16, 1 << 20)
 #: Errors of fewer elements than this are multiplied as they are.
 FACTORED = 1 << 16
-#: A head of an attention has at most so many elements, as a rule fewer than there are keys.
+#: Of fewer probabilities than this softmax's derivative takes what it has at hand.
+ATTENDED = 1 << 18
+#: A head of an attention has at most so many elements, as a rule fewer than half of the keys that there may be.
 HEAD = 128
 
 
@@ -204,7 +207,7 @@ def sum_over_values(graph: gs.Graph) -> None:
     After:   ReduceSum(Mul(dY, Y), -1)
 
     sum_l P_sl sum_d dY_sd V_ld = sum_d dY_sd Y_sd, as in FlashAttention's backward pass (Dao et al., 2022).  Only where
-    a head has fewer elements than there are keys.
+    there are many keys and a head has half as many elements at most (docs/PROFILE.md).
     """
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
     users = Users(graph)
@@ -252,7 +255,9 @@ def _attended(
 
 
 def _is_narrow(y: list[Any] | None, dy: list[Any] | None, p: list[Any] | None) -> bool:
-    """Whether all have one shape but for the last dimension, where Y's is the smaller; an open one counts as many."""
+    """Whether all have one shape but for the last dimension, where Y's is much smaller; open sizes count as large."""
     if y is None or dy is None or p is None or y != dy or y[:-1] != p[:-1] or not isinstance(y[-1], int):
         return False
-    return y[-1] < p[-1] if isinstance(p[-1], int) else y[-1] <= HEAD
+    if not all(isinstance(n, int) for n in p):
+        return y[-1] <= HEAD
+    return 2 * y[-1] <= p[-1] and math.prod(p) >= ATTENDED

@@ -45,6 +45,6 @@ def test_the_page_is_the_measured_rows() -> None:
 def test_kernels_of_a_step() -> None:
     found = profile_step.kernels("mlp3", 0.05)
     assert {"Gemm", "FusedGemm"} <= {kernel["operator"] for kernel in found}
-    # Three products forward, three for the weights, two for the errors: 784, 128, 128, 10, a batch of 20.
-    whole = 2 * 20 * (3 * (784 * 128 + 128 * 128 + 128 * 10) - 784 * 128)
+    # Three products forward, three for the weights, two for the errors: 784, 128, 128, 10, a batch of 20; biases' sums.
+    whole = 2 * 20 * (3 * (784 * 128 + 128 * 128 + 128 * 10) - 784 * 128 + 128 + 128 + 10)
     assert sum(kernel["operations"] for kernel in found) == pytest.approx(whole)

@@ -9,8 +9,6 @@ the profiler, in turns (tools/bench.py).  A second table times what was tried in
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import math
 import os
@@ -20,29 +18,30 @@ import tempfile
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import bench
 import numpy as np
-import onnx
-import onnx.parser
 import onnxruntime
 from pages import grid  # type: ignore[import-not-found]
+from profile_tried import (  # type: ignore[import-not-found]
+    CPU,
+    HEAD,
+    example,
+    paired,
+    runner,
+    session_options,
+    tried,
+)
 from rich.console import Console
 from rich.table import Table
 
 import zilc
-from zilc import models, pipeline
-from zilc.lowerings import Lowerings
 from zilc.machine import processor
-from zilc.passes.layouts import settle_layouts
-from zilc.session import stop_spinning
-from zilc.vjp import winograd
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NETWORKS = ("mlp3", "rnn", "transformer", "alexnet", "resnet18", "decoder")
@@ -55,35 +54,9 @@ GROUPS = {
 REST = "other"
 #: Rows and columns of the product whose rate stands for what the runtime reaches at best.
 LARGE = 2048
-CPU = ["CPUExecutionProvider"]
 
 
 # --- a step -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def session_options(change: Callable[[Any], None]) -> Iterator[None]:
-    """Sessions made meanwhile have their options changed: zilc has no door for what only a measurement wants."""
-    make = onnxruntime.SessionOptions
-
-    def changed() -> Any:
-        options = make()
-        change(options)
-        return options
-
-    onnxruntime.SessionOptions = changed
-    try:
-        yield
-    finally:
-        onnxruntime.SessionOptions = make
-
-
-def example(network: str, **options: Any) -> tuple[zilc.TrainingStep, dict[str, np.ndarray]]:
-    """A network's training step and a batch, as the benchmark has them."""
-    batch = bench.BATCH.get(network, 20)
-    model = models.build(network, batch=batch)
-    feeds = models.random_feeds(model, batch, np.random.default_rng(0), loss="cross-entropy")
-    return zilc.emit_training(model, loss="cross-entropy", **options), feeds
 
 
 def kernels(network: str, seconds: float) -> list[dict[str, Any]]:
@@ -146,85 +119,6 @@ def operations(kernel: dict[str, Any], constant: Sequence[list[int]] = ()) -> fl
 # --- pieces -------------------------------------------------------------------------------------------------------
 
 
-def paired(runs: dict[str, Callable[[], object]], rounds: int, inner: int = 1) -> dict[str, float]:
-    """Median milliseconds of each, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                run()
-            times[name].append(1e3 * (time.perf_counter() - start) / inner)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def runner(text: str, feeds: dict[str, np.ndarray]) -> Callable[[], object]:
-    """A graph in ONNX's text form, its inputs bound."""
-    options = onnxruntime.SessionOptions()
-    stop_spinning(options)
-    options.log_severity_level = 4
-    model = onnx.parser.parse_model(text)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=CPU)
-    binding = session.io_binding()
-    for given in session.get_inputs():
-        binding.bind_cpu_input(given.name, feeds[given.name])
-    for made in session.get_outputs():
-        binding.bind_output(made.name, "cpu")
-    return lambda: session.run_with_iobinding(binding)
-
-
-HEAD = '<ir_version: 8, opset_import: ["": 17]> g'
-
-
-#: What is computed: operands, result, rounds, runs a round, and the forms as ONNX's text, the emitted one first.
-TRIED_FORMS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], int, int, dict[str, str]]] = {
-    "Relu's derivative on [20, 64, 112, 112]": (
-        {"y": (20, 64, 112, 112), "g": (20, 64, 112, 112)}, (20, 64, 112, 112), 9, 1,
-        {
-            "g Cast(y > 0)": "c = Greater(y, z)  s = Cast <to = 1> (c)  o = Mul(g, s)",
-            "Where(y > 0, g, 0)": "c = Greater(y, z)  o = Where(c, g, z)",
-            "g Sign(Relu(y))": "r = Relu(y)  s = Sign(r)  o = Mul(g, s)",
-        },
-    ),
-    "update of a weight of [128, 784]": (
-        {"w": (128, 784), "e": (20, 128), "x": (20, 784)}, (128, 784), 41, 50,
-        {
-            "Gemm(e, x, W), alpha = -1": "o = Gemm <transA = 1, alpha = -1.0> (e, x, w)",
-            "Sub(W, Gemm(e, x))": "d = Gemm <transA = 1> (e, x)  o = Sub(w, d)",
-        },
-    ),
-    "Softmax's derivative on [4, 8, 128, 128]": (
-        {"y": (4, 8, 128, 128), "g": (4, 8, 128, 128)}, (4, 8, 128, 128), 21, 10,
-        {
-            "y (g - sum(g y))": "p = Mul(g, y)  s = ReduceSum(p, last)  d = Sub(g, s)  o = Mul(y, d)",
-            "g y - y sum(g y)": "p = Mul(g, y)  s = ReduceSum(p, last)  q = Mul(y, s)  o = Sub(p, q)",
-            "the sum as g y^T, row by row":
-                "k = Constant <value_ints = [-2]> ()  a = Unsqueeze(g, k)  b = Unsqueeze(y, last)  s = MatMul(a, b)  "
-                "t = Squeeze(s, last)  "
-                "d = Sub(g, t)  o = Mul(y, d)",
-        },
-    ),
-    "sum over the rows of [1024, 256] (biases, LayerNormalization's scale)": (
-        {"g": (1024, 256)}, (1, 256), 41, 20,
-        {
-            "ReduceSum": "o = ReduceSum(g, first)",
-            "a product with ones": "n = Shape <start = 0, end = 1> (g)  i = Constant <value_ints = [1]> ()  "
-                "k = Concat <axis = 0> (i, n)  u = ConstantOfShape <value = float[1] {1}> (k)  o = MatMul(u, g)",
-        },
-    ),
-    "sum over a map's places on [20, 64, 56, 56] (BatchNormalization)": (
-        {"g": (20, 64, 56, 56), "x": (20, 64, 56, 56)}, (1, 64, 1, 1), 9, 1,
-        {
-            "ReduceSum(g x)": "p = Mul(g, x)  o = ReduceSum(p, others)",
-            "ReduceSum over places, then examples":
-                "p = Mul(g, x)  w = Constant <value_ints = [2, 3]> ()  q = ReduceSum(p, w)  o = ReduceSum(q, first)",
-        },
-    ),
-}  # fmt: skip
-
-
 def large_product() -> float:
     """GFLOP/s of one large product in ONNX Runtime."""
     rng = np.random.default_rng(0)
@@ -232,77 +126,6 @@ def large_product() -> float:
     square = f"float[{LARGE},{LARGE}]"
     run = runner(f"{HEAD} ({square} x, {square} w) => ({square} y) {{ y = MatMul(x, w) }}", feeds)
     return 2.0 * LARGE**3 / paired({"": run}, 9)[""] / 1e6
-
-
-def tried() -> dict[str, dict[str, float]]:
-    """Milliseconds of what is emitted, first, and of what was tried instead."""
-    made: dict[str, dict[str, float]] = {}
-    for what, (operands, result, rounds, inner, forms) in TRIED_FORMS.items():
-        rng = np.random.default_rng(0)
-        feeds = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in operands.items()}
-        given = ", ".join(f"float{list(shape)} {name}" for name, shape in operands.items())
-        constants = "<float z = {0}, int64[1] first = {0}, int64[1] last = {-1}, int64[3] others = {0, 2, 3}>"
-        head = f"{HEAD} ({given}) => (float{list(result)} o) {constants}"
-        runs = {form: runner(f"{head} {{ {text} }}", feeds) for form, text in forms.items()}
-        made[what] = paired(runs, rounds, inner)
-    made["mlp3 by threads"] = paired(dict(threads("mlp3")), 21, 200)
-    with session_options(stop_spinning):
-        made["ResNet18 by lowerings"] = paired(dict(lowerings("resnet18")), 9)
-        made["ResNet18 by Winograd's tiles"] = paired(dict(tiles("resnet18")), 9)
-        for title, network in {"ResNet18": "resnet18", "AlexNet": "alexnet"}.items():
-            made[f"{title} by Transposes to spatial axes first and back"] = paired(dict(layouts(network)), 9)
-    return made
-
-
-def threads(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Steps with ONNX Runtime's own number of threads, and with one."""
-    for name, count in {"one a core": 0, "one": 1}.items():
-        step, feeds = example(network)
-        with session_options(functools.partial(limit_threads, count)):
-            trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
-        yield name, functools.partial(trainer.step, feeds)
-
-
-def limit_threads(count: int, options: Any) -> None:
-    """0 leaves their number to ONNX Runtime."""
-    options.intra_op_num_threads = count
-
-
-def lowerings(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Steps with lowerings by fitted costs, and with those that --tune measures here."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, tune in {"by fitted costs": False, "measured here (--tune)": Path(folder) / "costs.json"}.items():
-            step, feeds = example(network, tune=tune)
-            trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
-            yield name, functools.partial(trainer.step, feeds)
-
-
-def tiles(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Steps with Winograd's tiles of different sizes, in the same places: where the fitted costs take the smaller."""
-    taken: list[tuple[str, str]] = []
-    choose = Lowerings.choose
-
-    def first(self: Lowerings, *facts: Any) -> tuple[str, str]:
-        taken.append(choose(self, *facts))
-        return taken[-1]
-
-    def again(self: Lowerings, *facts: Any) -> tuple[str, str]:
-        return taken.pop(0)
-
-    for outputs, way in ((winograd.OUTPUTS, first), (4, again)):
-        with mock.patch.object(winograd, "OUTPUTS", outputs), mock.patch.object(Lowerings, "choose", way):
-            step, feeds = example(network)
-        trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
-        yield f"{outputs} × {outputs} outputs", functools.partial(trainer.step, feeds)
-
-
-def layouts(network: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Steps with Transposes moved to where the fewest elements are transposed, and left where lowerings put them."""
-    for name, settle in {"moved": settle_layouts, "where forms begin and end": lambda graph: graph}.items():
-        with mock.patch.object(pipeline, "settle_layouts", settle):
-            step, feeds = example(network)
-        trainer = zilc.Trainer(step, lr=1e-3, providers=CPU)
-        yield name, functools.partial(trainer.step, feeds)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -321,8 +144,9 @@ convolutions' weights. One product of {large} x {large} matrices reaches {best:.
 what zilc would take beside PyTorch if everything but the products cost nothing: where that is near 1 or above, no other
 graph is faster than PyTorch, only other kernels."""
 TRIED = """What is emitted comes first. Relu's derivative as a product would turn an infinite error at a dead unit into
-NaN: where errors can be infinite by rights, Where is emitted. A product with ones would save some microseconds a bias,
-next to nothing of a step. Lowerings of convolutions and pools are in [LOWERINGS.md](LOWERINGS.md)."""
+NaN: where errors can be infinite by rights, Where is emitted. Lowerings of convolutions, pools and tables are in
+[LOWERINGS.md](LOWERINGS.md); softmax, LayerNormalization and BatchNormalization have one form each, for the others are
+no faster by more than some hundredths of what is itself a small part of a step."""
 
 
 def row(network: str, found: list[dict[str, Any]], entry: dict[str, Any], best: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.graphs import initial, model
 from tests.passes.test_sums import shared, updates
 from zilc import lowerings
 from zilc.executors import executor
-from zilc.passes import products, simplify
+from zilc.passes import simplify
 from zilc.pipeline import TrainingStep
 
 
@@ -41,123 +41,6 @@ def test_where_the_rate_stays_with_the_updates(options):
     assert not any("loss" in node.name for node in readers)
 
 
-def test_a_matrix_takes_its_update_from_the_product():
-    """W.next = Gemm(A, B, W) with alpha = -1: no gradient of W's size is written."""
-    step = zilc.emit_training(shared(8))
-    made = {node.output[0]: node for node in step.model.graph.node}
-    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in made["v.next"].attribute}
-    assert (made["v.next"].op_type, attrs["alpha"], made["v.next"].input[2]) == ("Gemm", -1.0, "v")
-    assert made["w.next"].op_type == "Sub"  # of a sum of two products, which nothing joins here
-    both = {node.output[0]: node for node in zilc.emit_training(shared(8), outputs="both").model.graph.node}
-    assert both["v.next"].op_type == "Sub"  # there its gradient is an output
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "target", "joined"),
-    [(5, 10, "cpu", True), (4, 10, "cpu", True), (1, 3, "cpu", True), (3, 4, "cpu", False), (1, 5, "cpu", False),
-     (3, 4, "cuda", True)],
-)  # fmt: skip
-def test_a_matrix_of_middle_size_is_updated_apart_on_a_cpu(monkeypatch, first, last, target, joined):
-    """v is [6, 4]; the limits are in units of 6 elements."""
-    monkeypatch.setattr(products, "APART", (6 * first, 6 * last))
-    step, made = updates(shared(8), "float32", target=target)
-    assert ({n.output[0]: n.op_type for n in step.model.graph.node}["v.next"] == "Gemm") == joined
-    both, apart = updates(shared(8), "float32", outputs="both")
-    np.testing.assert_allclose(made["v.next"], apart["v.next"], rtol=0, atol=1e-6)
-    assert both.signature["parameters"]
-
-
-TIED = """
-<ir_version: 10, opset_import: ["" : 18]>
-tied (float[3,4] x, int64[3] rows) => (float[3,6] y) <float[6,4] v, float[4,4] w> {
-  a = Gather(v, rows)
-  b = MatMul(x, w)
-  c = MatMul(b, w)
-  h = Add(a, c)
-  t = Transpose<perm = [1, 0]>(v)
-  y = MatMul(h, t)
-}
-"""
-
-
-@pytest.mark.parametrize("algorithm", ["zil", "bp"])
-def test_products_among_the_parts_of_a_gradient_join_the_update(algorithm):
-    """v is read transposed, and by rows; w twice, by products that are too large to be joined over time."""
-    proto = model(TIED)
-    feeds = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) % 5 - 2, "rows": np.asarray([5, 0, 5]),
-             "target": np.arange(18, dtype=np.float32).reshape(3, 6) % 7 - 3}  # fmt: skip
-    step = zilc.emit_training(proto, algorithm=algorithm)
-    made = {node.output[0]: node for node in step.model.graph.node}
-    kinds = {}
-    for name in ("v", "w"):
-        last = made[f"{name}.next"]
-        first = made[last.input[0] if last.op_type == "Sub" else last.input[2]]
-        kinds[name] = (first.op_type, first.input[2], last.op_type)
-    assert kinds == {"v": ("Gemm", "v", "Sub"), "w": ("Gemm", "w", "Gemm")}
-    assert not any(n.op_type == "Transpose" and "v.gradient" in n.output[0] for n in step.model.graph.node)
-    both = zilc.emit_training(proto, algorithm=algorithm, outputs="both")
-    state = {name: np.rint(4 * value).astype(np.float32) for name, value in step.state.items()}
-    whole = executor(step.model)({**initial(step, feeds, lr=0.25), **state})
-    apart = executor(both.model)({**initial(both, feeds, lr=0.25), **state})
-    for name in ("v", "w"):  # whole numbers and a power of two: exact in any order
-        np.testing.assert_array_equal(whole[f"{name}.next"], apart[f"{name}.next"])
-        assert np.abs(apart[f"{name}.next"] - state[name]).max() > 1
-
-
-def test_the_models_own_transposed_products_stay():
-    text = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    turned (float[3,4] x) => (float[6,3] y) <float[4,6] w> {
-      h = Gemm(x, w)
-      y = Transpose<perm = [1, 0]>(h)
-    }
-    """
-    kinds = [node.op_type for node in zilc.emit_training(model(text)).model.graph.node]
-    assert kinds[:2] == ["Gemm", "Transpose"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_update_from_a_product_is_the_update(dtype):
-    """At lr = 1/4, against the gradient; with a factor of the product's own there is nothing to join."""
-    text = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    scaled (float[8,4] x) => (float[8,6] y) <float[6,4] v, float[6,6] w> {
-      h = Gemm<transB = 1>(x, v)
-      y = Gemm<transB = 1, alpha = 0.5>(h, w)
-    }
-    """
-    proto = model(text, dtype=dtype)
-    step, made = updates(proto, dtype)
-    both, apart = updates(proto, dtype, outputs="both")
-    for entry, other in zip(step.signature["parameters"], both.signature["parameters"], strict=True):
-        p = np.asarray(step.state[entry["name"]])
-        wanted = p - 0.25 * apart[other["grad"]]
-        np.testing.assert_allclose(made[entry["next"]], wanted, rtol=0, atol=1e-5 if dtype == "float32" else 1e-14)
-        assert np.abs(wanted - p).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    "forward",
-    [
-        "(float[3,4] x, float[3,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm<beta = 0.0>(z, w)",
-        "(float[3,4] x, float[1,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm(z, w)",
-        "(float[N,4] x, float[1,5] z) => (float[N,4] d) <float[5,4] w> { c = Gemm(z, w)",
-        "(float[2,3,4] x, float[3,5] z) => (float[2,3,4] d) <float[5,4] w> { c = Gemm(z, w)",
-        "(float[4] x, float[3,5] z) => (float[3,4] d) <float[5,4] w> { c = Gemm(z, w)",
-    ],
-)
-def test_the_models_own_differences_stay(forward):
-    """Sub(input, Gemm) of the model is no update: its operands may broadcast, and its Gemm's beta says nothing."""
-    proto = model(f'<ir_version: 10, opset_import: ["" : 18]> m {forward} d = Sub(x, c) }}')
-    step = zilc.emit_training(proto)
-    shapes = {i.name: [d.dim_value or 3 for d in i.type.tensor_type.shape.dim] for i in step.model.graph.input}
-    rng = np.random.default_rng(0)
-    feeds = {name: rng.standard_normal(shapes[name]).astype("f") for name in ("x", "z", "target")}
-    given = initial(step, feeds, lr=0.0)
-    np.testing.assert_allclose(executor(step.model)(given)["d"], feeds["x"] - feeds["z"] @ given["w"], atol=1e-5)
-
-
-#: A Relu in front of a pool whose windows overlap, are disjoint, or reach over the edge.
 POOLED = """
 <ir_version: 10, opset_import: ["" : 18]>
 pooled (float[2,3,9,9] x) => (float[2,3,P,P] y) <float[3,3,1,1] w> {
