@@ -36,11 +36,15 @@ def turn_products(graph: gs.Graph) -> None:
 
     So it is with the gradient of a weight that is read transposed, as a table of embeddings is in the last layer.
     """
+    transposes = [k for k, node in enumerate(graph.nodes) if node.op == "Transpose" and not _is_forward(node)]
+    if not transposes:
+        return
     users = Users(graph)
     names = names_of(graph)
-    for k, node in enumerate(graph.nodes):
-        gemm = users.maker.get(node.inputs[0].name) if node.op == "Transpose" else None
-        if gemm is None or node.metadata.get("zilc.role") == "forward" or users.count(node.inputs[0]) != 1:
+    for k in transposes:
+        node = graph.nodes[k]
+        gemm = users.maker.get(node.inputs[0].name)
+        if gemm is None or _is_forward(gemm) or users.count(node.inputs[0]) != 1:
             continue
         if gemm.op != "Gemm" or len(gemm.inputs) != 2 or list(node.attrs.get("perm", (1, 0))) != [1, 0]:
             continue
@@ -130,16 +134,22 @@ def move_factors(graph: gs.Graph) -> None:
     The error of a model with a large vocabulary is by far its largest tensor, and the rate over the number of targets
     is such a number.  Half precisions keep it where it is: there it keeps errors within range.
     """
+    scalings = [n for n in graph.nodes if n.op == "Mul" and not _is_forward(n) and not n.inputs[1].shape]
+    if not scalings:
+        return
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
     users = Users(graph)
+    place = {id(node): k for k, node in enumerate(graph.nodes)}
     around: dict[int, tuple[list[gs.Node], list[gs.Node]]] = {}  # nodes to put before one, and behind it
-    for node in graph.nodes:
-        if node.op != "Mul" or node.metadata.get("zilc.role") == "forward" or op.dtype(node.outputs[0]) != np.float32:
-            continue
+    for node in scalings:
         direction, factor = node.inputs
-        if op.dims(factor) != [] or not FACTORED <= _elements(op, direction) < float("inf"):
+        if op.dims(factor) != [] or op.dtype(direction) != np.float32:
             continue
-        readers = _linear_readers(node.outputs[0], users)
+        if not FACTORED <= _elements(op, direction) < float("inf"):
+            continue
+        readers = sorted(_linear_readers(node.outputs[0], users), key=lambda reader: place[id(reader[0])])
+        if any(id(reader) in around for reader, _ in readers):
+            continue  # another error's factor is at it
         sides = [_small_side(op, *reader) for reader in readers]
         if not sides or sum(_elements(op, side) for side in sides) > _elements(op, direction) / 4:
             continue
@@ -167,6 +177,10 @@ def move_factors(graph: gs.Graph) -> None:
     ]  # fmt: skip
 
 
+def _is_forward(node: gs.Node) -> bool:
+    return bool(node.metadata.get("zilc.role") == "forward")
+
+
 def _linear_readers(error: gs.Tensor, users: Users) -> list[tuple[gs.Node, int]]:
     """The products and sums that read an error or a view of it, and as which operand; none if anything else does."""
     found: list[tuple[gs.Node, int]] = []
@@ -174,9 +188,11 @@ def _linear_readers(error: gs.Tensor, users: Users) -> list[tuple[gs.Node, int]]
     while views:
         view = views.pop()
         for node in users.readers(view):
-            if node is None or node.domain or node.metadata.get("zilc.role") == "forward":
+            if node is None or node.domain or _is_forward(node):
                 return []
             places = [k for k, t in enumerate(node.inputs) if t.name == view.name]
+            if any(node is known for known, _ in found):
+                return []  # it reads the error twice, under two names
             if node.op in ("Flatten", "Reshape") and places == [0]:
                 views += node.outputs
             elif (node.op in ("Gemm", "MatMul") and len(node.inputs) == 2 and len(places) == 1) or (
@@ -209,12 +225,16 @@ def sum_over_values(graph: gs.Graph) -> None:
     sum_l P_sl sum_d dY_sd V_ld = sum_d dY_sd Y_sd, as in FlashAttention's backward pass (Dao et al., 2022).  Only where
     there are many keys and a head has half as many elements at most (docs/PROFILE.md).
     """
+    if not any(node.op == "ReduceSum" for node in graph.nodes):
+        return
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
     users = Users(graph)
-    products = {tuple(t.name for t in node.inputs): node for node in graph.nodes if node.op == "MatMul"}
+    values: dict[tuple[str, ...], gs.Node] = {}  # products of the forward part, by what they read
     nodes: list[gs.Node] = []
     for node in graph.nodes:
-        operands = _attended(op, node, users, products)
+        if node.op == "MatMul" and _is_forward(node):
+            values[tuple(t.name for t in node.inputs)] = node
+        operands = _attended(op, node, users, values)
         if operands is None or not _is_narrow(*(op.dims(t) for t in operands)):
             nodes.append(node)
             continue
@@ -229,13 +249,15 @@ def sum_over_values(graph: gs.Graph) -> None:
 
 
 def _attended(
-    op: Emitter, node: gs.Node, users: Users, products: dict[tuple[str, ...], gs.Node]
+    op: Emitter, node: gs.Node, users: Users, values: dict[tuple[str, ...], gs.Node]
 ) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor] | None:
     """Of a sum over keys: Y, dY and P."""
-    if node.op != "ReduceSum" or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
+    if node.op != "ReduceSum" or node.domain or _is_forward(node) or len(node.inputs) < 2:
+        return None
+    if not isinstance(node.inputs[1], gs.Constant):
         return None
     product = users.maker.get(node.inputs[0].name)
-    if product is None or product.op != "Mul" or users.count(node.inputs[0]) != 1:
+    if product is None or product.op != "Mul" or _is_forward(product) or users.count(node.inputs[0]) != 1:
         return None
     rank = op.rank(node.inputs[0])
     if rank is None or rank < 2 or node.attrs.get("keepdims", 1) != 1:
@@ -248,7 +270,7 @@ def _attended(
         if back is None or turned is None or turned.op != "Transpose":
             continue
         swapped = [*range(rank - 2), rank - 1, rank - 2]
-        forward = products.get((p.name, turned.inputs[0].name))
+        forward = values.get((p.name, turned.inputs[0].name))
         if forward is not None and list(turned.attrs.get("perm", ())) == swapped:
             return forward.outputs[0], back.inputs[0], p
     return None

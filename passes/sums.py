@@ -35,6 +35,8 @@ def multiply_row_sums(graph: gs.Graph) -> gs.Graph:
 
     Requires: no output is the gradient itself, whose sums are those of the dynamics to the bit.
     """
+    if not any(node.op == "ReduceSum" for node in graph.nodes):
+        return graph
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
     nodes: list[gs.Node] = []
     for node in graph.nodes:

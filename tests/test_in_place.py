@@ -212,6 +212,57 @@ def test_a_tied_table_is_written_over_twice() -> None:
     assert trainer.last["logits"].shape == (4, 6, 50)
 
 
+@pytest.mark.parametrize(
+    ("body", "over"),
+    [
+        ("r = Reshape(a, turned)\n a2 = Gemm <alpha = -1.0, transB = 1> (e, r, a)", set()),
+        ("r = Flatten(a)\n p = Gemm(b, c, a)\n a2 = MatMul(p, d)", {"a"}),
+        ("r = Reshape(a, turned)\n a2 = MatMul(e, s)\n s = Reshape(r, back)", set()),
+        ("p = Gemm(e, a, a)\n r = Reshape(p, turned)\n a2 = Gemm <transB = 1> (e, r, p)", {"a"}),
+        ("p = Gemm(e, f, a)\n r = Reshape(p, turned)\n a2 = Gemm <transB = 1> (e, r, p)", {"a"}),
+        ("r = Reshape(a, back)\n a2 = Sub(r, a)", {"a"}),  # element by element
+    ],
+)
+def test_who_reads_a_value_by_another_name_while_it_writes_keeps_two_buffers(body: str, over: set[str]) -> None:
+    """Gemm writes over its addend while it still reads its factors, and Reshape gives its operand's own memory."""
+    lines = sorted(body.split("\n"), key=lambda line: "a2 = " in line)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 18]> alias (float[20, 12] a, float[20, 20] e, float[20, 12] f,
+        float[20, 4] b, float[4, 12] c, float[12, 12] d) => (float[20, 12] a2)
+        <int64[2] turned = {{12, 20}}, int64[2] back = {{20, 12}}> {{
+            {" ".join(lines)}
+        }}"""
+    )
+    opened = make_training_session(model, CPU, [("a", "a2")])
+    assert opened.over == over
+    assert not opened.through
+
+
+def test_an_update_that_holds_its_parameter_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """w's gradient is a product with a view of w: what is written over w must not be read through that."""
+    text = """<ir_version: 10, opset_import: ["": 18]> square (float[N, 64] x) => (float[N, 64] y) <float[64, 96] w> {
+        s = Constant <value_ints = [96, 64]> ()
+        r = Reshape(w, s)
+        k = Gemm(w, r)
+        y = MatMul(x, k)
+    }"""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(text)
+    (info,) = model.graph.value_info
+    values = rng.standard_normal((64, 96), dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, info.name))
+    del model.graph.value_info[:]
+    step = zilc.emit_training(model, loss="energy")
+    feeds = {name: rng.standard_normal((3, 64), dtype=np.float32) for name in ("x", "target")}
+    own = zilc.Trainer(step, lr=1e-6, providers=CPU)
+    assert not own._opened.through
+    monkeypatch.setattr(runtime, "make_training_session", _plain)
+    other = zilc.Trainer(step, lr=1e-6, providers=CPU)
+    for _ in range(3):
+        assert own.step(feeds) == other.step(feeds)
+    assert own.state["w"].tobytes() == other.state["w"].tobytes()
+
+
 def test_one_buffer_serves_both_sets() -> None:
     step, feeds = _emitted("mlp3", optimizer="adam")
     trainer = zilc.Trainer(step, lr=0.01, providers=CPU)

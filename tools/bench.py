@@ -455,7 +455,7 @@ def finish(
             if "failed" not in peer.facts and not slow:
                 peer.round(count)
     times = {name: together([peer.rounds for peer in peers]) for name, peers in built.items()}
-    base = "zilc" in built and not any("failed" in peer.facts for peer in built["zilc"])
+    base = "zilc" in built and "zilc" not in failed and not any("failed" in peer.facts for peer in built["zilc"])
     entries: dict[str, Any] = {}
     for name, peers in built.items():
         if name in failed:

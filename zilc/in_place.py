@@ -13,7 +13,7 @@ file in a topological order is run in the file's order.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -86,14 +86,13 @@ def in_place(
             readers.setdefault(name, set()).add(i)
             if name in producer:
                 before[i].add(producer[name])
-    for name, _ in pairs:
-        readers[name] = _readers(name, nodes, readers)
     rank = _ranks(nodes, before, original)
     writers = {name: producer[made] for name, made in pairs if made in producer}
-    over = {name for name, i in writers.items() if _may_write_over(nodes[i], name, may)}
+    over = {name for name, i in writers.items() if _may_write_over(nodes[i], _names(name, nodes, readers), may)}
     if not partly and len(over) < len(pairs):
         over = set()
-    through = _between(graph, over, writers, producer, readers, may) if chains else {}
+    reading = {name: _readers(name, nodes, readers) for name, _ in pairs}
+    between = _between(nodes, {o.name for o in graph.output}, over, writers, producer, readers, may) if chains else {}
     # What the loss and the predictions need comes first: there, and only there, data can be at fault (an index out of
     # range), and then nothing has been written over yet.
     fed_back = {made for _, made in pairs}
@@ -105,10 +104,10 @@ def in_place(
         waits = [*map(set, before), set(forward)]
         for name in over:
             writer = writers[name]
-            if name in through:
-                last, writer = writer, producer[through[name]]
-                waits[last] |= _readers(through[name], nodes, readers) - {last}
-            waits[writer] |= readers[name] - {writer}
+            if name in between:
+                last, writer = writer, producer[between[name]]
+                waits[last] |= _readers(between[name], nodes, readers) - {last}
+            waits[writer] |= reading[name] - {writer}
             if writer not in forward:
                 waits[writer].add(done)
         order = _topological(waits, [*rank, -1])
@@ -116,16 +115,16 @@ def in_place(
             break
         # Two updates that read each other's parameter: whatever is left could not be ordered.
         left = set(range(len(nodes))) - set(order)
-        chained = {name for name in through if writers[name] in left}
+        chained = {name for name in between if writers[name] in left}
         if chained:
-            through = {name: made for name, made in through.items() if name not in chained}
+            between = {name: made for name, made in between.items() if name not in chained}
             continue
         over -= {name for name in over if writers[name] in left}
         if not partly:
             over = set()
     order.remove(done)
-    through = {name: made for name, made in through.items() if name in over}
-    writing = {producer[through[name]] if name in through else writers[name] for name in over}
+    between = {name: made for name, made in between.items() if name in over}
+    writing = {producer[between[name]] if name in between else writers[name] for name in over}
     first = next((position for position, i in enumerate(order) if i in writing), len(order))
     taken = {node.name for node in nodes}
     for i, node in enumerate(nodes):
@@ -138,14 +137,15 @@ def in_place(
     del graph.node[:]
     graph.node.extend(nodes[i] for i in order)
     infos = {info.name: info for info in graph.input}
-    for name, made in through.items():
+    for name, made in between.items():
         graph.output.add().CopyFrom(infos[name])
         graph.output[-1].name = made
-    return Ordered(optimised, frozenset(over), {made: name for name, made in through.items()}, frozenset(harmless))
+    return Ordered(optimised, frozenset(over), {made: name for name, made in between.items()}, frozenset(harmless))
 
 
 def _between(
-    graph: onnx.GraphProto,
+    nodes: Sequence[onnx.NodeProto],
+    results: Collection[str],
     over: Iterable[str],
     writers: Mapping[str, int],
     producer: Mapping[str, int],
@@ -156,43 +156,53 @@ def _between(
 
     It has the state's shape: a result has at least as many elements as what it is made over, and ``next`` as many as
     the state.
+
+    Args:
+        results: the graph's outputs, which have memory of their own.
     """
-    results = {output.name for output in graph.output}
     found = {}
     for name in over:
-        last = graph.node[writers[name]]
-        if writers[name] in readers[name]:
+        last, names = nodes[writers[name]], _names(name, nodes, readers)
+        if names.intersection(operands(last)):
             continue
         for made in dict.fromkeys(last.input[k] for k in may.get(last.op_type, ()) if k < len(last.input)):
-            if made not in producer or made in results:
+            if made not in producer or made in results or name not in nodes[producer[made]].input:
                 continue
-            first = graph.node[producer[made]]
-            if name in first.input and _may_write_over(first, name, may) and _may_write_over(last, made, may):
+            first, others = nodes[producer[made]], _names(made, nodes, readers)
+            if _may_write_over(first, names, may) and _may_write_over(last, others, may):
                 found[name] = made
                 break
     return found
 
 
-def _readers(name: str, nodes: list[onnx.NodeProto], readers: dict[str, set[int]]) -> set[int]:
-    """Nodes that read a value's memory, under whatever name."""
-    found: set[int] = set()
-    names = [name]
-    while names:
-        for i in readers.get(names.pop(), ()):
-            if i not in found:
-                found.add(i)
+def _names(name: str, nodes: Sequence[onnx.NodeProto], readers: Mapping[str, set[int]]) -> set[str]:
+    """All names that a value's memory has."""
+    found: set[str] = set()
+    stack = [name]
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            for i in readers.get(one, ()):
                 if nodes[i].op_type in _ALIAS:
-                    names.extend(filter(None, nodes[i].output))
+                    stack.extend(filter(None, nodes[i].output))
     return found
 
 
-def _may_write_over(node: onnx.NodeProto, name: str, may: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the node that makes a value's successor can do so in the value's own memory."""
-    mine = [k for k, operand in enumerate(node.input) if operand == name]
+def _readers(name: str, nodes: Sequence[onnx.NodeProto], readers: Mapping[str, set[int]]) -> set[int]:
+    """Nodes that read a value's memory, under whatever name."""
+    return set().union(*(readers.get(one, set()) for one in _names(name, nodes, readers)))
+
+
+def _may_write_over(node: onnx.NodeProto, names: Collection[str], may: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the node that makes a value's successor can do so in the value's own memory, which has these names."""
+    mine = [k for k, operand in enumerate(node.input) if operand in names]
     if not mine:
         # Then it must not read inside a subgraph either; what it does read is there and stays.
-        return name not in set(operands(node))
-    return node.domain in ("", "ai.onnx") and set(mine) <= set(may.get(node.op_type, ()))
+        return not set(names).intersection(operands(node))
+    # As another operand than that, or from within a subgraph, it would be read while it is written.
+    allowed = may.get(node.op_type, ())
+    return node.domain in ("", "ai.onnx") and set(mine) <= set(allowed)
 
 
 def _ranks(nodes: list[onnx.NodeProto], before: list[set[int]], original: onnx.ModelProto) -> list[int]:

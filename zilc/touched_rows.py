@@ -82,8 +82,8 @@ def _sums(graph: onnx.GraphProto, pairs: Iterable[tuple[str, str]]) -> Iterator[
         update = producer.get(following)
         if update is None or update.op_type != "Sub" or not _large(shapes.get(table)):
             continue
-        base = producer.get(update.input[0])
-        updated = base is not None and base.op_type == "Gemm" and list(base.input[2:]) == [table]
+        product = producer.get(update.input[0])
+        updated = product is not None and product.op_type == "Gemm" and list(product.input[2:]) == [table]
         if update.input[0] != table and not (updated and readers[update.input[0]] == 1):
             continue
         gradient = producer.get(update.input[1])

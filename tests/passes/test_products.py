@@ -270,3 +270,62 @@ def test_few_keys_are_summed_over_as_they_are(monkeypatch, batch, keys, values):
 def test_gradients_keep_softmaxs_own_sum(monkeypatch):
     monkeypatch.setattr(products, "ATTENDED", 1)
     assert "p" in reduced(zilc.emit_training(attention(3, 9), outputs="both"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_models_own_sums_over_keys_stay(monkeypatch, late):
+    """The same nodes forwards, before the product that they could be summed from, or behind it."""
+    monkeypatch.setattr(products, "ATTENDED", 1)
+    value = "y1 = MatMul(p, v)"
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 18]>
+    own (float[2,8,4] u, float[2,8,8] x) => (float[2,8,4] y) <float[8,16] a, float[8,16] c, float[8,4] b> {{
+      q = MatMul(x, a)
+      k = MatMul(x, c)
+      t = Transpose<perm = [0, 2, 1]>(k)
+      s = MatMul(q, t)
+      p = Softmax<axis = -1>(s)
+      v = MatMul(x, b)
+      {"" if late else value}
+      w = Transpose<perm = [0, 2, 1]>(v)
+      d = MatMul(u, w)
+      m = Mul(p, d)
+      axes = Constant<value_ints = [-1]>()
+      z = ReduceSum<keepdims = 1>(m, axes)
+      {value if late else ""}
+      y = Add(y1, z)
+    }}
+    """
+    step = zilc.emit_training(model(text), loss="energy")
+    made = {name: node for node in step.model.graph.node for name in node.output}
+    assert made["z"].input[0] == "m"
+    assert list(made["m"].input) == ["p", "d"]
+
+
+SQUARED = """
+<ir_version: 10, opset_import: ["" : 18]>
+squared (float[6,4] x, float[6,4] u) => (float[6,100] y) <float[4,100] w, float[4,4] v> {
+  axes = Constant<value_ints = [6, 100]>()
+  h = MatMul(x, v)
+  p = MatMul(h, w)
+  q = MatMul(u, w)
+  r = Reshape(q, axes)
+  y = Add(p, r)
+}
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "bp"])
+def test_a_factor_that_reaches_products_through_views(monkeypatch, algorithm):
+    """Each small side is multiplied in front of the first that reads it."""
+    results = []
+    for factored in (1, 1 << 30):
+        monkeypatch.setattr(products, "FACTORED", factored)
+        step = zilc.emit_training(model(SQUARED), loss="mse", algorithm=algorithm)
+        onnx.checker.check_model(step.model, full_check=True)
+        rng = np.random.default_rng(0)
+        feeds = {n: rng.standard_normal(s, dtype=np.float32) for n, s in
+                 (("x", (6, 4)), ("u", (6, 4)), ("target", (6, 100)))}  # fmt: skip
+        results.append(executor(step.model)(initial(step, feeds, lr=0.25)))
+    for name in ("v", "w"):
+        np.testing.assert_allclose(results[0][f"{name}.next"], results[1][f"{name}.next"], rtol=1e-5, atol=1e-6)
