@@ -267,6 +267,24 @@ def test_few_keys_are_summed_over_as_they_are(monkeypatch, batch, keys, values):
     assert ("a" in reduced(zilc.emit_training(attention(batch, keys)))) == values
 
 
+@pytest.mark.parametrize("batch", [0, 3])
+def test_an_open_batch_may_be_empty(batch):
+    """9 keys and heads of 4 elements: onnxruntime's reductions keep the shape of what is empty."""
+    proto = attention("N", 9)
+    step = zilc.emit_training(proto)
+    assert "a" in reduced(step)
+    trainer = zilc.Trainer(step, lr=0.25, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((batch, 9, 8), dtype=np.float32) for name in ("x", "target")}
+    assert trainer.step(feeds) >= 0
+    both = zilc.emit_training(proto, outputs="both")
+    expected = {f"{name}.next": step.state[name] for name in "qkv"}
+    if batch:
+        expected = executor(both.model)(initial(both, feeds, lr=0.25))
+    for name in "qkv":
+        np.testing.assert_allclose(trainer.state[name], expected[f"{name}.next"], rtol=0, atol=1e-5)
+
+
 def test_gradients_keep_softmaxs_own_sum(monkeypatch):
     monkeypatch.setattr(products, "ATTENDED", 1)
     assert "p" in reduced(zilc.emit_training(attention(3, 9), outputs="both"))
