@@ -514,3 +514,21 @@ def test_training_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError):
         trainer.step({"input": np.zeros((1, 6)), "target": np.array([7])})
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_empty_batch_is_refused_where_onnxruntime_would_not_end() -> None:
+    model = models.build("resnet18", image=33, width=8, classes=10)
+    step = zilc.emit_training(model, loss="cross-entropy")
+    feeds = models.random_feeds(model, 2, np.random.default_rng(0), loss="cross-entropy")
+    trainer = Trainer(step, lr=0.1, providers=CPU)
+    loss = trainer.step(feeds)
+    with pytest.raises(DataError, match=r"has shape \[0, 3, 33, 33\]: no examples.*Leave empty batches out"):
+        trainer.step({name: array[:0] for name, array in feeds.items()})
+    assert trainer.step(feeds) < loss
+    assert trainer.updates == 2
+    dense = models.build("mlp3", **SIZES)
+    feeds = models.random_feeds(dense, 2, np.random.default_rng(0), loss="cross-entropy")
+    trainer = Trainer(zilc.emit_training(dense, loss="cross-entropy"), lr=0.1, providers=CPU)
+    before = trainer.state
+    trainer.step({name: array[:0] for name, array in feeds.items()})
+    assert all(np.array_equal(before[name], array) for name, array in trainer.state.items())

@@ -116,6 +116,7 @@ class Trainer:
             )
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
+        self._convolves = any(node.op_type in ("Conv", "ConvTranspose") for node in self._model.graph.node)
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
         self._torn = ""
         self._reopen(cuda_graph=cuda_graph)
@@ -381,6 +382,14 @@ class Trainer:
                 break
         arrays: Mapping[str, np.ndarray] = feeds if fast or placed is not None else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
+            empty = next((name for name, array in arrays.items() if not array.size), None)
+            if empty is not None and self._convolves:
+                raise DataError(
+                    f"'{empty}' has shape {shown(arrays[empty].shape)}: no examples, on which onnxruntime computes the "
+                    "gradient of a Conv's weight without end",
+                    where="feeds",
+                    hint="Leave empty batches out.",
+                )
             self._bindings.turn(arrays)
         self._bindings.feed(self._side, arrays, placed)
         return arrays, placed
