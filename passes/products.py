@@ -74,6 +74,8 @@ def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
             return False
         return users.count(product.outputs[0]) == 1 and product.attrs.get("alpha", 1.0) == 1.0
 
+    place = {id(node): k for k, node in enumerate(graph.nodes)}
+    instead: dict[int, gs.Node] = {}
     kept = []
     for node in graph.nodes:
         # The role, for the model's own Sub may broadcast.
@@ -93,6 +95,7 @@ def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
         if any(op.dims(t) != op.dims(weight) for t in terms):  # what is added may broadcast
             terms = []
         products = [users.maker[t.name] for t in terms if foldable(users.maker.get(t.name))]
+        products.sort(key=lambda product: place[id(product)])
         if not products:
             kept.append(node)
             continue
@@ -103,16 +106,17 @@ def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
             steps.append(("Gemm", list(product.inputs), attrs))
         made = {product.outputs[0].name for product in products}
         steps += [("Sub", [term], {}) for term in terms if term.name not in made]
-        place = node.name.rpartition("/")[0]
-        for kind, operands, attrs in steps[:-1]:
-            part = gs.Variable(fresh_name(f"{place}/part", names), weight.dtype, weight.shape)
-            inputs = [*operands, weight]  # as Gemm takes them: no Sub is but the last
-            kept.append(gs.Node(kind, fresh_name(f"{place}/{kind}", names), attrs, inputs, [part]))
-            kept[-1].metadata = dict(node.metadata)
-            weight = part
+        # A part is made where its product was: what that reads need not be kept until the rest is there.
+        for product, (kind, operands, attrs) in zip(products, steps[:-1], strict=False):
+            name = f"{node.name.rpartition('/')[0]}/part"
+            part = gs.Variable(fresh_name(name, names), weight.dtype, weight.shape)
+            made_there = gs.Node(kind, fresh_name(f"{name}/{kind}", names), attrs, [*operands, weight], [part])
+            made_there.metadata, weight = dict(node.metadata), part
+            instead[id(product)] = made_there
         kind, operands, attrs = steps[-1]
         inputs = [*operands, weight] if kind == "Gemm" else [weight, *operands]
         kept.append(_made_instead(node, kind, inputs, attrs, names))
+    kept = [instead.get(id(node), node) for node in kept]
     graph.nodes = kept
 
 

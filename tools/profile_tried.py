@@ -74,16 +74,16 @@ def paired(runs: dict[str, Callable[[], object]], rounds: int, inner: int = 1) -
 
 
 def runner(text: str, feeds: Mapping[str, np.ndarray], over: str = "") -> Callable[[], object]:
-    """A graph in ONNX's text form, its inputs bound; its output ``o`` is written over the input ``over``."""
+    """A graph in ONNX's text form, its inputs bound; its output is written over the input ``over``."""
     session = make_session(onnx.parser.parse_model(text), CPU, spinning=False)
-    binding = session.io_binding()
+    binding, (made,) = session.io_binding(), session.get_outputs()
     for given in session.get_inputs():
         value = onnxruntime.OrtValue.ortvalue_from_numpy(feeds[given.name])
         binding.bind_ortvalue_input(given.name, value)
         if given.name == over:
-            binding.bind_ortvalue_output("o", value)
+            binding.bind_ortvalue_output(made.name, value)
     if not over:
-        binding.bind_output("o", "cpu")
+        binding.bind_output(made.name, "cpu")
     return lambda: session.run_with_iobinding(binding)
 
 

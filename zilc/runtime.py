@@ -70,6 +70,19 @@ class Progress:
     loss: float
 
 
+def _holds_batched_kernel(model: onnx.ModelProto) -> bool:
+    """Whether a gradient of a Conv's weight is a Conv itself whose kernel has an axis of the batch's examples."""
+    made = {name for node in model.graph.node for name in node.output}
+    return any(
+        node.op_type == "Conv" and node.input[1] in made and ("zilc.role", "update") in _entries(node)
+        for node in model.graph.node
+    )
+
+
+def _entries(node: onnx.NodeProto) -> set[tuple[str, str]]:
+    return {(entry.key, entry.value) for entry in node.metadata_props}
+
+
 class Trainer:
     """Trains by running a training graph, one update a step.
 
@@ -116,7 +129,7 @@ class Trainer:
             )
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
-        self._convolves = any(node.op_type in ("Conv", "ConvTranspose") for node in self._model.graph.node)
+        self._endless = _holds_batched_kernel(self._model)
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
         self._torn = ""
         self._reopen(cuda_graph=cuda_graph)
@@ -383,7 +396,7 @@ class Trainer:
         arrays: Mapping[str, np.ndarray] = feeds if fast or placed is not None else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
             empty = next((name for name, array in arrays.items() if not array.size), None)
-            if empty is not None and self._convolves:
+            if empty is not None and self._endless:
                 raise DataError(
                     f"'{empty}' has shape {shown(arrays[empty].shape)}: no examples, on which onnxruntime computes the "
                     "gradient of a Conv's weight without end",
