@@ -30,7 +30,7 @@ def multiply_row_sums(graph: gs.Graph) -> gs.Graph:
     Before:  ReduceSum(x, [0, 1])           x [4, 128, 256]
     After:   MatMul(ones, Flatten(x, 2))    ones [512]
 
-    onnxruntime's ReduceSum takes up to six times as long on a CPU (docs/PROFILE.md), its product of a vector and a
+    onnxruntime's ReduceSum takes up to three times as long on a CPU (docs/PROFILE.md), its product of a vector and a
     matrix reads the matrix once.
 
     Requires: no output is the gradient itself, whose sums are those of the dynamics to the bit.

@@ -23,7 +23,8 @@ from zilc.providers import CPU, CUDA, Providers, import_onnxruntime, provider_na
 from zilc.touched_rows import touch_rows
 
 #: Optimizations of onnxruntime that a CPU is faster without.  Its Gemm writes the bias into the product's place with
-#: one thread, then adds to it with all: up to two fifths more, for many rows and short sums, than a product and a sum.
+#: one thread, then adds to it with all: up to a third more, for many rows and short sums, than a product and then a sum
+#: (docs/PROFILE.md).
 _SLOWER_FUSIONS = ["MatMulAddFusion"]
 #: A graph that holds more than this, in bytes, is not written to disk and read again.
 _REWRITTEN = 1 << 29
