@@ -18,7 +18,7 @@ from zilc.graph import Users, fresh_name, hand_over, name_anew, size
 
 #: On a CPU, matrices of more elements than the first and up to the second are updated behind their gradient's product.
 #: onnxruntime's Gemm copies its addend with one thread, out of whose cache the others then fetch it: up to a third more
-#: (docs/PROFILE.md).  Smaller ones are done before that tells, of larger ones the gradient costs memory for little time.
+#: (docs/PROFILE.md).  Smaller ones are done before that tells; of larger ones the gradient costs more memory than time.
 APART = (1 << 16, 1 << 20)
 #: Errors of fewer elements than this are multiplied as they are.
 FACTORED = 1 << 16
