@@ -7,7 +7,7 @@ from typing import NoReturn
 import onnx_graphsurgeon as gs
 
 from zilc.errors import EnsuresError, RequiresError, describe_vertex
-from zilc.graph import Dataflow
+from zilc.graph import Dataflow, is_standard
 
 
 def acyclic(graph: gs.Graph) -> str | None:
@@ -50,7 +50,7 @@ def levelled(flow: Dataflow) -> str | None:
 def standard_operators(graph: gs.Graph, allowed: frozenset[str] = frozenset()) -> str | None:
     """Only operators of the default domain, or of a domain the model brought.  Returns None, or the first other."""
     for node in graph.nodes:
-        if node.domain not in (None, "", "ai.onnx") and node.domain not in allowed:
+        if not is_standard(node) and node.domain not in allowed:
             return f"{describe_vertex(node.name, node.op)} is of domain '{node.domain}'"
     return None
 

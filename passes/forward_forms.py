@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
-from zilc.graph import hand_over
+from zilc.graph import hand_over, is_forward, is_standard
 from zilc.vjp import table
 from zilc.vjp.conv import value_lowerings
 from zilc.vjp.linear import gemm_lowerings
@@ -30,8 +30,8 @@ def take_forms(op: Emitter, graph: gs.Graph) -> gs.Graph:
 
 
 def _is_candidate(node: gs.Node) -> bool:
-    forward = getattr(node, "metadata", {}).get("zilc.role") == "forward"
-    return forward and node.op in ("Conv", "Gemm") and not node.domain and isinstance(node.inputs[1], gs.Variable)
+    taken = node.op in ("Conv", "Gemm") and is_standard(node) and is_forward(node)
+    return taken and isinstance(node.inputs[1], gs.Variable)
 
 
 def _other_form(op: Emitter, graph: gs.Graph, node: gs.Node) -> list[gs.Node]:

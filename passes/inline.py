@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from zilc import onnx_io
 from zilc.emit import Emitter
 from zilc.errors import describe_vertex
-from zilc.graph import Rebuild
+from zilc.graph import Rebuild, is_standard
 from zilc.passes.unroll import LIMIT, settle_shapes
 from zilc.reference import evaluator
 from zilc.vjp.inner import instantiate
@@ -82,7 +82,7 @@ def _once(graph: gs.Graph, notes: list[str], limit: int) -> tuple[gs.Graph, bool
 
 
 def _controls(node: gs.Node) -> bool:
-    return node.op in _KINDS and node.domain in (None, "", "ai.onnx")
+    return node.op in _KINDS and is_standard(node)
 
 
 def _name(
@@ -237,7 +237,7 @@ def iterations_read(loop: gs.Node) -> int | None:
 def _length(sequence: gs.Tensor) -> int | None:
     """The length of a sequence, where the graph says it."""
     node = sequence.inputs[0] if isinstance(sequence, gs.Variable) and sequence.inputs else None
-    if node is None or node.domain not in (None, "", "ai.onnx"):
+    if node is None or not is_standard(node):
         return None
     if node.op in ("Identity", "Optional") and node.inputs:
         return _length(node.inputs[0])
@@ -249,7 +249,7 @@ def _appends(body: gs.Graph, k: int) -> bool:
     state, at, added = body.inputs[2 + k].name, body.outputs[1 + k], 0
     while at.name != state:
         node = at.inputs[0] if isinstance(at, gs.Variable) and at.inputs else None
-        if node is None or node.domain not in (None, "", "ai.onnx") or not node.inputs:
+        if node is None or not is_standard(node) or not node.inputs:
             return False
         if node.op == "If":
             # Whether an optional is there: it is, the state being a sequence.
@@ -303,7 +303,7 @@ def _value(op: Emitter, tensor: gs.Tensor, values: dict[str, np.ndarray | None])
         node = x.inputs[0] if isinstance(x, gs.Variable) and x.inputs else None
         if isinstance(x, gs.Constant):
             values[x.name] = onnx_io.values(x) if x._values.nbytes <= 8 * _SMALL else None
-        elif node is None or node.domain not in (None, "", "ai.onnx") or any(True for _ in node.subgraphs()):
+        elif node is None or not is_standard(node) or any(True for _ in node.subgraphs()):
             values[x.name] = None
         elif node.op in ("Shape", "Size"):
             values[x.name] = _shape(op, node)
@@ -385,7 +385,7 @@ def _lift(inner: gs.Graph, names: set[str]) -> None:
 
 
 def _held(node: gs.Node) -> np.ndarray | None:
-    if node.op != "Constant" or node.domain not in (None, "", "ai.onnx"):
+    if node.op != "Constant" or not is_standard(node):
         return None
     for key in ("value_float", "value_floats", "value_int", "value_ints"):
         if key in node.attrs:

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import INFERENCE, SPATIAL_FIRST, captured, is_standard, name_anew
+from zilc.graph import INFERENCE, SPATIAL_FIRST, captured, is_standard, known_axes, name_anew
 from zilc.lowerings import assumed
 from zilc.vjp.window import channels_first_order, spatial_first_order
 
@@ -190,10 +189,7 @@ def _inference(node: gs.Node) -> dict[str, Any]:
 
 def _axes(node: gs.Node, rank: int) -> list[int] | None:
     """The axes that an operand of a node says, where they are known."""
-    given = node.inputs[_AXES[node.op]] if len(node.inputs) > _AXES[node.op] else None
-    if not isinstance(given, gs.Constant):
-        return None
-    return [int(axis) % rank for axis in onnx_io.values(given).reshape(-1)]
+    return known_axes(node.inputs[_AXES[node.op]], rank) if len(node.inputs) > _AXES[node.op] else None
 
 
 def _cut(free: int, values: Sequence[tuple[float, set[int]]]) -> set[int]:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import Users, fresh_name, hand_over, name_anew, size
+from zilc.graph import Users, fresh_name, hand_over, is_forward, is_standard, known_axes, name_anew, size
 
 #: On a CPU, matrices of more elements than the first and up to the second are updated behind their gradient's product.
 #: onnxruntime's Gemm copies its addend with one thread, out of whose cache the others then fetch it: up to a third more
@@ -36,7 +35,7 @@ def turn_products(graph: gs.Graph) -> None:
 
     So it is with the gradient of a weight that is read transposed, as a table of embeddings is in the last layer.
     """
-    transposes = [k for k, node in enumerate(graph.nodes) if node.op == "Transpose" and not _is_forward(node)]
+    transposes = [k for k, node in enumerate(graph.nodes) if node.op == "Transpose" and not is_forward(node)]
     if not transposes:
         return
     users = Users(graph)
@@ -44,7 +43,7 @@ def turn_products(graph: gs.Graph) -> None:
     for k in transposes:
         node = graph.nodes[k]
         gemm = users.maker.get(node.inputs[0].name)
-        if gemm is None or _is_forward(gemm) or users.count(node.inputs[0]) != 1:
+        if gemm is None or is_forward(gemm) or users.count(node.inputs[0]) != 1:
             continue
         if gemm.op != "Gemm" or len(gemm.inputs) != 2 or list(node.attrs.get("perm", (1, 0))) != [1, 0]:
             continue
@@ -138,7 +137,7 @@ def move_factors(graph: gs.Graph) -> None:
     The error of a model with a large vocabulary is by far its largest tensor, and the rate over the number of targets
     is such a number.  Half precisions keep it where it is: there it keeps errors within range.
     """
-    scalings = [n for n in graph.nodes if n.op == "Mul" and not _is_forward(n) and not n.inputs[1].shape]
+    scalings = [n for n in graph.nodes if n.op == "Mul" and not is_forward(n) and not n.inputs[1].shape]
     if not scalings:
         return
     op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
@@ -181,10 +180,6 @@ def move_factors(graph: gs.Graph) -> None:
     ]  # fmt: skip
 
 
-def _is_forward(node: gs.Node) -> bool:
-    return bool(node.metadata.get("zilc.role") == "forward")
-
-
 def _linear_readers(error: gs.Tensor, users: Users) -> list[tuple[gs.Node, int]]:
     """The products and sums that read an error or a view of it, and as which operand; none if anything else does."""
     found: list[tuple[gs.Node, int]] = []
@@ -192,7 +187,7 @@ def _linear_readers(error: gs.Tensor, users: Users) -> list[tuple[gs.Node, int]]
     while views:
         view = views.pop()
         for node in users.readers(view):
-            if node is None or node.domain or _is_forward(node):
+            if node is None or not is_standard(node) or is_forward(node):
                 return []
             places = [k for k, t in enumerate(node.inputs) if t.name == view.name]
             if any(node is known for known, _ in found):
@@ -236,7 +231,7 @@ def sum_over_values(graph: gs.Graph) -> None:
     values: dict[tuple[str, ...], gs.Node] = {}  # products of the forward part, by what they read
     nodes: list[gs.Node] = []
     for node in graph.nodes:
-        if node.op == "MatMul" and _is_forward(node):
+        if node.op == "MatMul" and is_forward(node):
             values[tuple(t.name for t in node.inputs)] = node
         operands = _attended(op, node, users, values)
         if operands is None or not _is_narrow(*(op.dims(t) for t in operands)):
@@ -259,17 +254,15 @@ def _attended(
     op: Emitter, node: gs.Node, users: Users, values: dict[tuple[str, ...], gs.Node]
 ) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor] | None:
     """Of a sum over keys: Y, dY and P."""
-    if node.op != "ReduceSum" or node.domain or _is_forward(node) or len(node.inputs) < 2:
-        return None
-    if not isinstance(node.inputs[1], gs.Constant):
+    if node.op != "ReduceSum" or not is_standard(node) or is_forward(node) or len(node.inputs) < 2:
         return None
     product = users.maker.get(node.inputs[0].name)
-    if product is None or product.op != "Mul" or _is_forward(product) or users.count(node.inputs[0]) != 1:
+    if product is None or product.op != "Mul" or is_forward(product) or users.count(node.inputs[0]) != 1:
         return None
     rank = op.rank(node.inputs[0])
     if rank is None or rank < 2 or node.attrs.get("keepdims", 1) != 1:
         return None
-    if [int(a) % rank for a in onnx_io.values(node.inputs[1]).reshape(-1)] != [rank - 1]:
+    if known_axes(node.inputs[1], rank) != [rank - 1]:
         return None
     for p, d in (product.inputs, reversed(product.inputs)):
         back = users.maker.get(d.name)

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import Users, captured, hand_over, size
+from zilc.graph import Users, captured, hand_over, is_forward, size
 from zilc.passes.parameters import READ_LIMIT
 from zilc.passes.products import fold_updates, move_factors, sum_over_values, turn_products
 from zilc.passes.sums import join_sums
@@ -139,7 +139,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
         passed = node.op in _FINITE and all(known(t) for k, t in enumerate(node.inputs) if k not in places)
         if passed or masked or _is_cast_mask(node) or _is_inverse_deviation(node, users, known):
             finite.update(t.name for t in node.outputs if t.name)
-        if masked and node.metadata.get("zilc.role") != "forward" and _is_single(node.inputs[1]):
+        if masked and not is_forward(node) and _is_single(node.inputs[1]):
             e, kind = node.inputs[1], onnx_io.onnx_dtype(onnx_io.np_dtype(node.inputs[1].dtype))
             op.graph.nodes = []
             op.forget()
@@ -178,7 +178,7 @@ def _is_single(tensor: gs.Tensor) -> bool:
 
 def _masked_spread(node: gs.Node, users: Users) -> tuple[gs.Node, gs.Node, gs.Tensor] | None:
     """Of Where(y > 0, spread(e), 0): the node that gives spread(e), the one that reads e, and what was pooled of y."""
-    if node.op != "Where" or node.metadata.get("zilc.role") == "forward" or not _is_zero(node.inputs[2]):
+    if node.op != "Where" or is_forward(node) or not _is_zero(node.inputs[2]):
         return None
     greater, spread = (users.maker.get(node.inputs[k].name) for k in (0, 1))
     if greater is None or greater.op != "Greater" or not _is_zero(greater.inputs[1]):

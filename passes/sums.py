@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
 from zilc.emit import Emitter, names_of
-from zilc.graph import Users, hand_over, size
+from zilc.graph import Users, hand_over, is_forward, is_standard, known_axes, size
 from zilc.lowerings import BATCH
 
 #: Up to so many elements in all, adding tensors up before they are reduced costs less than the operators it saves.
@@ -57,16 +57,15 @@ def multiply_row_sums(graph: gs.Graph) -> gs.Graph:
 
 def _is_row_sum(node: gs.Node, op: Emitter) -> bool:
     """Whether a node of the backward part sums what :func:`multiply_row_sums` takes."""
-    if node.op != "ReduceSum" or node.domain or len(node.inputs) < 2 or node.attrs.get("keepdims", 1):
+    if node.op != "ReduceSum" or not is_standard(node) or is_forward(node):
+        return False
+    if len(node.inputs) < 2 or node.attrs.get("keepdims", 1):
         return False
     x, axes = node.inputs[:2]
     dims = op.dims(x)
-    if node.metadata.get("zilc.role") == "forward" or dims is None or op.dtype(x) != np.float32:
+    if dims is None or len(dims) < 2 or op.dtype(x) != np.float32:
         return False
-    if len(dims) < 2 or not isinstance(axes, gs.Constant):
-        return False
-    summed = {int(axis) % len(dims) for axis in onnx_io.values(axes).reshape(-1)}
-    if summed != set(range(len(dims) - 1)):
+    if set(known_axes(axes, len(dims)) or ()) != set(range(len(dims) - 1)):
         return False
     sizes = [int(n) if isinstance(n, (int, np.integer)) else BATCH for n in dims]
     return sizes == dims or math.prod(sizes) >= OPEN

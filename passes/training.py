@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from zilc import onnx_io, scaling
 from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
-from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow
+from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow, is_standard
 from zilc.losses import LOSSES, Emitted
 from zilc.lowerings import Lowerings
 from zilc.optimizers import Optimizer
@@ -424,7 +424,7 @@ def ensure_rules(flow: Dataflow, levels: Levels, leaves: Sequence[str], where: s
 
 
 def _operator(node: gs.Node) -> str:
-    return node.op if node.domain in (None, "", "ai.onnx") else f"{node.domain}.{node.op}"
+    return node.op if is_standard(node) else f"{node.domain}.{node.op}"
 
 
 def make_extra_outputs(op: Emitter, flow: Dataflow, leaves: Sequence[str]) -> None:

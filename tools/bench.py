@@ -417,23 +417,13 @@ def finish(
     for name, future in started.peers:
         built[name].append(future.result())
     started.folder.cleanup()
-    running: list[Peer] = []
-    failed: dict[str, str] = {}
+    entries: dict[str, Any] = dict.fromkeys(case.peers)
     own: list[float] | None = None
+    running: list[Peer] = []
     for name, peers in built.items():
-        reason = next((peer.facts["failed"] for peer in peers if "failed" in peer.facts), None)
-        if reason is None:
-            after = expected_after(case, made.loss, own, results)
-            reasons = [
-                fault(
-                    name, case.network, peer.facts, loss=made.loss, after=after, parameters=made.parameters,
-                    precision=case.precision,
-                )
-                for peer in peers
-            ]  # fmt: skip
-            reason = next((found for found in reasons if found is not None), None)
+        reason = fault_of_all(name, peers, case, made, expected_after(case, made.loss, own, results))
         if reason is not None:
-            failed[name] = reason
+            entries[name] = {"failed": reason}
             console.print(f"{case}: {name} failed: {reason}", style="yellow", markup=False)
             for peer in peers:
                 peer.close()
@@ -441,47 +431,71 @@ def finish(
         if name == "zilc":
             own = peers[0].facts["losses"]
         running += peers
+    rng = np.random.default_rng(0)
+    time_rounds(running, case.rounds, options, rng)
+    times = {name: together([peer.rounds for peer in peers]) for name, peers in built.items()}
+    for name, peers in built.items():
+        entries[name] = entries[name] or entry(peers, times[name])
+    if "failed" not in entries.get("zilc", {"failed": ""}):
+        for name in entries:
+            if name != "zilc" and "failed" not in entries[name]:
+                entries[name]["zilc_ratio"] = ratio(times["zilc"], times[name], rng)
+    work = {} if made.gflop is None else {"gflop": made.gflop}
+    return case.result(entries, parameters=made.parameters, loss=made.loss, **work)
+
+
+def fault_of_all(name: str, peers: Sequence[Peer], case: Case, made: Prepared, after: float | None) -> str | None:
+    """Why a peer is not measured: the first of its processes that did not start, or does other work."""
+    for peer in peers:
+        if "failed" in peer.facts:
+            return str(peer.facts["failed"])
+    for peer in peers:
+        found = fault(
+            name, case.network, peer.facts, loss=made.loss, after=after, parameters=made.parameters,
+            precision=case.precision,
+        )  # fmt: skip
+        if found is not None:
+            return found
+    return None
+
+
+def time_rounds(running: Sequence[Peer], rounds: int, options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """Rounds that go from process to process; on a CPU those of the twins go on alone."""
     for peer in running:
         peer.warm()
-    rng = np.random.default_rng(0)
     twins = [peer for peer in running if peer.name in TWINS]
     paired = {peer.name for peer in twins} == set(TWINS)
-    more = TWIN_ROUNDS * case.rounds if paired and options.device == "cpu" else case.rounds
-    for count in range(more):
-        those = running if count < case.rounds else twins
+    for count in range(TWIN_ROUNDS * rounds if paired and options.device == "cpu" else rounds):
+        those = running if count < rounds else twins
         # In an order of its own each time: nobody always comes after the same neighbour, and what that one leaves.
         for peer in (those[k] for k in rng.permutation(len(those))):
             slow = peer.spent > options.seconds and len(peer.rounds) >= LEAST_ROUNDS
             if "failed" not in peer.facts and not slow:
                 peer.round(count)
-    times = {name: together([peer.rounds for peer in peers]) for name, peers in built.items()}
-    base = "zilc" in built and "zilc" not in failed and not any("failed" in peer.facts for peer in built["zilc"])
-    entries: dict[str, Any] = {}
-    for name, peers in built.items():
-        if name in failed:
-            entries[name] = {"failed": failed[name]}
-            continue
-        known = dict(peers[0].facts)
-        memories = [None if "failed" in peer.facts else peer.end() for peer in peers]
-        whole = [memory for memory in memories if memory is not None]
-        if len(whole) < len(peers):
-            entries[name] = {"failed": next(peer.facts["failed"] for peer in peers if "failed" in peer.facts)}
-            for peer in peers:
-                peer.close()
-            continue
-        memory = {key: max(each[key] for each in whole) for key in whole[0]}
-        low, mid, high = np.percentile(list(times[name].values()), (0, 50, 100))
-        entry = {
-            "ms": float(mid), "min": float(low), "max": float(high), "rounds": len(times[name]), **memory,
-            "growth_mib": memory["peak_mib"] - known["imported_mib"], **known,
-        }  # fmt: skip
-        if len(peers) > 1:
-            entry["each_ms"] = [float(np.median(list(peer.rounds.values()))) for peer in peers]
-        if base and name != "zilc":
-            entry["zilc_ratio"] = ratio(times["zilc"], times[name], rng)
-        entries[name] = entry
-    work = {} if made.gflop is None else {"gflop": made.gflop}
-    return case.result(entries, parameters=made.parameters, loss=made.loss, **work)
+
+
+def entry(peers: Sequence[Peer], times: Mapping[int, float]) -> dict[str, Any]:
+    """What is said of a peer, whose processes are ended: the most memory that one of them took, and the time of all.
+
+    Args:
+        times: milliseconds a step by round, see :func:`together`.
+    """
+    known = dict(peers[0].facts)
+    memories = [None if "failed" in peer.facts else peer.end() for peer in peers]
+    whole = [memory for memory in memories if memory is not None]
+    if len(whole) < len(peers):
+        for peer in peers:
+            peer.close()
+        return {"failed": next(peer.facts["failed"] for peer in peers if "failed" in peer.facts)}
+    memory = {key: max(each[key] for each in whole) for key in whole[0]}
+    low, mid, high = np.percentile(list(times.values()), (0, 50, 100))
+    made = {
+        "ms": float(mid), "min": float(low), "max": float(high), "rounds": len(times), **memory,
+        "growth_mib": memory["peak_mib"] - known["imported_mib"], **known,
+    }  # fmt: skip
+    if len(peers) > 1:
+        made["each_ms"] = [float(np.median(list(peer.rounds.values()))) for peer in peers]
+    return made
 
 
 def measure(

@@ -126,6 +126,18 @@ def is_standard(node: gs.Node) -> bool:
     return node.domain in (None, "", "ai.onnx")
 
 
+def is_forward(node: gs.Node) -> bool:
+    """Whether a node belongs to the training graph's forward part, which is the model's own."""
+    return bool(getattr(node, "metadata", {}).get("zilc.role") == "forward")
+
+
+def known_axes(axes: gs.Tensor, rank: int) -> list[int] | None:
+    """The axes that a tensor holds, counted from the front; None where they are known at run time only."""
+    if not isinstance(axes, gs.Constant):
+        return None
+    return [int(axis) % rank for axis in onnx_io.values(axes).reshape(-1)]
+
+
 def captured(node: gs.Node) -> list[gs.Tensor]:
     """Outer tensors that the subgraphs of a control-flow node read, constants among them."""
     found: dict[str, gs.Tensor] = {}

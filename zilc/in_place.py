@@ -200,9 +200,8 @@ def _may_write_over(node: onnx.NodeProto, names: Collection[str], may: Mapping[s
     if not mine:
         # Then it must not read inside a subgraph either; what it does read is there and stays.
         return not set(names).intersection(operands(node))
-    # As another operand than that, or from within a subgraph, it would be read while it is written.
-    allowed = may.get(node.op_type, ())
-    return node.domain in ("", "ai.onnx") and set(mine) <= set(allowed)
+    # As another operand than those it would be read while it is written.
+    return node.domain in ("", "ai.onnx") and set(mine) <= set(may.get(node.op_type, ()))
 
 
 def _ranks(nodes: list[onnx.NodeProto], before: list[set[int]], original: onnx.ModelProto) -> list[int]:

@@ -41,7 +41,16 @@ from zilc.metrics import Meter, accuracies
 from zilc.onnx_io import ModelSource, Source
 from zilc.pipeline import TrainingStep
 from zilc.providers import CUDA, Providers, choose_providers, provider_names
-from zilc.session import Buffer, Outputs, forward_part, inference_form, make_session, make_training_session, run_error
+from zilc.session import (
+    Buffer,
+    Outputs,
+    forward_part,
+    holds_batched_kernel,
+    inference_form,
+    make_session,
+    make_training_session,
+    run_error,
+)
 from zilc.trained import Ties, export_trained, without_values
 
 __all__ = ["Evaluation", "Progress", "Trainer", "choose_providers"]
@@ -68,19 +77,6 @@ class Progress:
     batches: int
     examples: int
     loss: float
-
-
-def _holds_batched_kernel(model: onnx.ModelProto) -> bool:
-    """Whether a gradient of a Conv's weight is a Conv itself whose kernel has an axis of the batch's examples."""
-    made = {name for node in model.graph.node for name in node.output}
-    return any(
-        node.op_type == "Conv" and node.input[1] in made and ("zilc.role", "update") in _entries(node)
-        for node in model.graph.node
-    )
-
-
-def _entries(node: onnx.NodeProto) -> set[tuple[str, str]]:
-    return {(entry.key, entry.value) for entry in node.metadata_props}
 
 
 class Trainer:
@@ -129,7 +125,7 @@ class Trainer:
             )
         self.inputs = fed(self._model.graph, self.signature)
         self._carried = self._specs([name for name, _ in self._pairs])
-        self._endless = _holds_batched_kernel(self._model)
+        self._endless = holds_batched_kernel(self._model)
         self._requested: Providers = list(choose_providers("auto")[0] if providers is None else providers)
         self._torn = ""
         self._reopen(cuda_graph=cuda_graph)

@@ -258,6 +258,19 @@ class Outputs(Mapping[str, np.ndarray]):
         return len(self._names) if self.binding is not None else 0
 
 
+def holds_batched_kernel(model: onnx.ModelProto) -> bool:
+    """Whether a gradient of a Conv's weight is a Conv itself, whose kernel has an axis of the batch's examples.
+
+    Where there are none, onnxruntime does not end on it.
+    """
+    made = {name for node in model.graph.node for name in node.output}
+    return any(
+        node.op_type == "Conv" and node.input[1] in made
+        and any((entry.key, entry.value) == ("zilc.role", "update") for entry in node.metadata_props)
+        for node in model.graph.node
+    )  # fmt: skip
+
+
 def forward_part(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
     """What the ``wanted`` outputs need of a model."""
     live = set(wanted)
