@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc.emit import Emitter, names_of
+from zilc.emit import Emitter
 from zilc.graph import INFERENCE, SPATIAL_FIRST, captured, is_standard, known_axes, name_anew
 from zilc.lowerings import assumed
 from zilc.vjp.window import channels_first_order, spatial_first_order
@@ -50,7 +50,7 @@ def settle_layouts(graph: gs.Graph) -> gs.Graph:
     Requires: topological order; :data:`zilc.graph.SPATIAL_FIRST` at the Transposes that may move.
     Ensures: same outputs with the same names, but for the order in which a reduction adds up.
     """
-    layouts = _Layouts(graph, Emitter(gs.Graph(opset=graph.opset), names_of(graph)))
+    layouts = _Layouts(graph, Emitter.among(graph))
     if layouts.wanted or layouts.native:
         rewriting = _Rewriting(layouts, layouts.turned())
         for node in graph.nodes:

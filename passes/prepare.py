@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import foreign, onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import INSERTED, Rebuild, fresh_name
+from zilc.graph import INSERTED, Dataflow, Rebuild, fresh_name
 from zilc.onnx_io import FilledValues, Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants
@@ -249,6 +249,8 @@ def lift_constants(graph: gs.Graph) -> gs.Graph:
     Before:  shape -> ConstantOfShape -> w -> Conv
     After:   w -> Conv
     """
+    if not any(node.op in ("Constant", "ConstantOfShape") or onnx_io.subgraphs(node) for node in graph.nodes):
+        return graph
     rebuild = Rebuild(graph)
     produced_outputs = {t.name for t in graph.outputs}
     for node in graph.nodes:
@@ -451,10 +453,10 @@ def _kind(tensor: gs.Tensor) -> str:
     return dtype.name if dtype is not None else "an unknown type"
 
 
-def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph, list[str]]:
+def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[Dataflow, list[str]]:
     """A terminal identity vertex for each trained output that is a leaf or that other active vertices consume.
 
-    Returns the new graph and the names of the clamped tensors, one an output.
+    Returns the active part of the new graph, and the names of the clamped tensors, one an output.
 
     Before:  a -> Relu -> h -> Gemm -> y,   h and y trained
     After:   a -> Relu -> h.value -> Gemm -> y,  h.value -> Identity -> h
@@ -476,9 +478,9 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
         if name not in needy and flow.vertices[flow.producer[name]].op == "Identity"
     }
     if not needy and not kept:
-        return graph, list(outputs)
-    names = set(onnx_io.tensors(graph))
-    everything = onnx_io.tensors(graph)
+        return flow, list(outputs)
+    everything = flow.tensors
+    names = set(everything)
     rebuild = Rebuild(graph)
     clamped = {name: name for name in outputs}
     late: list[gs.Node] = []
@@ -507,4 +509,5 @@ def append_terminals(graph: gs.Graph, outputs: Sequence[str]) -> tuple[gs.Graph,
     rebuild.nodes.extend(late)
     result = rebuild.finish()
     result.outputs = [terminals.get(t.name, rebuild.tensor(t)) for t in graph.outputs]
-    return result, [clamped[name] for name in outputs]
+    ends = [clamped[name] for name in outputs]
+    return flow_of(result, ends), ends

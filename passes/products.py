@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc.emit import Emitter, names_of
-from zilc.graph import Users, fresh_name, hand_over, is_forward, is_standard, known_axes, name_anew, size
+from zilc.emit import Emitter
+from zilc.graph import Users, hand_over, is_forward, is_standard, known_axes, name_anew, size
 
 #: On a CPU, matrices of more elements than the first and up to the second are updated behind their gradient's product.
 #: onnxruntime's Gemm copies its addend with one thread, out of whose cache the others then fetch it: up to a third more
@@ -38,8 +38,7 @@ def turn_products(graph: gs.Graph) -> None:
     transposes = [k for k, node in enumerate(graph.nodes) if node.op == "Transpose" and not is_forward(node)]
     if not transposes:
         return
-    users = Users(graph)
-    names = names_of(graph)
+    users, op = Users(graph), Emitter.among(graph)
     for k in transposes:
         node = graph.nodes[k]
         gemm = users.maker.get(node.inputs[0].name)
@@ -49,7 +48,7 @@ def turn_products(graph: gs.Graph) -> None:
             continue
         a, b = gemm.inputs
         turned = {"transA": 1 - gemm.attrs.get("transB", 0), "transB": 1 - gemm.attrs.get("transA", 0)}
-        graph.nodes[k] = _made_instead(node, "Gemm", [b, a], {**gemm.attrs, **turned}, names)
+        graph.nodes[k] = _made_instead(node, "Gemm", [b, a], {**gemm.attrs, **turned}, op)
 
 
 def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
@@ -65,8 +64,7 @@ def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
     one.  Only where nothing else reads the gradient.  On a CPU not for matrices in ``APART``.
     """
     users = Users(graph)
-    given, names = {t.name for t in graph.inputs}, names_of(graph)
-    op = Emitter(gs.Graph(opset=graph.opset), names)
+    given, op = {t.name for t in graph.inputs}, Emitter.among(graph)
 
     def foldable(product: gs.Node | None) -> bool:
         if product is None or product.op != "Gemm" or len(product.inputs) != 2:
@@ -108,20 +106,20 @@ def fold_updates(graph: gs.Graph, target: str = "cpu") -> None:
         # A part is made where its product was: what that reads need not be kept until the rest is there.
         for product, (kind, operands, attrs) in zip(products, steps[:-1], strict=False):
             name = f"{node.name.rpartition('/')[0]}/part"
-            part = gs.Variable(fresh_name(name, names), weight.dtype, weight.shape)
-            made_there = gs.Node(kind, fresh_name(f"{name}/{kind}", names), attrs, [*operands, weight], [part])
+            part = gs.Variable(op.fresh(name), weight.dtype, weight.shape)
+            made_there = gs.Node(kind, op.fresh(f"{name}/{kind}"), attrs, [*operands, weight], [part])
             made_there.metadata, weight = dict(node.metadata), part
             instead[id(product)] = made_there
         kind, operands, attrs = steps[-1]
         inputs = [*operands, weight] if kind == "Gemm" else [weight, *operands]
-        kept.append(_made_instead(node, kind, inputs, attrs, names))
+        kept.append(_made_instead(node, kind, inputs, attrs, op))
     kept = [instead.get(id(node), node) for node in kept]
     graph.nodes = kept
 
 
-def _made_instead(node: gs.Node, kind: str, inputs: list[gs.Tensor], attrs: dict[str, Any], names: set[str]) -> gs.Node:
+def _made_instead(node: gs.Node, kind: str, inputs: list[gs.Tensor], attrs: dict[str, Any], op: Emitter) -> gs.Node:
     """Another node that makes what ``node`` makes, in its place and with its metadata; ``node`` makes it no more."""
-    made = gs.Node(kind, name=fresh_name(f"{node.name.rpartition('/')[0]}/{kind}", names), attrs=attrs, inputs=inputs)
+    made = gs.Node(kind, name=op.fresh(f"{node.name.rpartition('/')[0]}/{kind}"), attrs=attrs, inputs=inputs)
     made.metadata, result = dict(node.metadata), node.outputs[0]
     result.inputs.clear()
     made.outputs = [result]
@@ -140,7 +138,7 @@ def move_factors(graph: gs.Graph) -> None:
     scalings = [n for n in graph.nodes if n.op == "Mul" and not is_forward(n) and not n.inputs[1].shape]
     if not scalings:
         return
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     users = Users(graph)
     place = {id(node): k for k, node in enumerate(graph.nodes)}
     around: dict[int, tuple[list[gs.Node], list[gs.Node]]] = {}  # nodes to put before one, and behind it
@@ -226,7 +224,7 @@ def sum_over_values(graph: gs.Graph) -> None:
     """
     if not any(node.op == "ReduceSum" for node in graph.nodes):
         return
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     users = Users(graph)
     values: dict[tuple[str, ...], gs.Node] = {}  # products of the forward part, by what they read
     nodes: list[gs.Node] = []

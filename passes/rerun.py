@@ -13,7 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.emit import Emitter, names_of
+from zilc.emit import Emitter
 from zilc.graph import INFERENCE, copy_node
 from zilc.passes.liveness import ALIAS, Problem
 from zilc.passes.simplify import drop_dead
@@ -38,7 +38,7 @@ class Rewriting:
 
     def __init__(self, graph: gs.Graph, problem: Problem, schedule: Sequence[int]) -> None:
         self.graph, self.problem, self.schedule = graph, problem, schedule
-        self.op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+        self.op = Emitter.among(graph)
         #: The new order.
         self.nodes: list[gs.Node] = []
         #: What a tensor is called after its latest run, by its first name; and the reverse.

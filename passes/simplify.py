@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.emit import Emitter, names_of
+from zilc.emit import Emitter
 from zilc.graph import Users, captured, hand_over, is_forward, size
 from zilc.passes.parameters import READ_LIMIT
 from zilc.passes.products import fold_updates, move_factors, sum_over_values, turn_products
@@ -72,7 +72,7 @@ def mask_pooled(graph: gs.Graph) -> None:
     pool's size, and no tensor of the image's besides the one that is spread.
     """
     users = Users(graph)
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     before: dict[int, list[gs.Node]] = {}  # nodes to put in front of one
     for node in graph.nodes:
         found = _masked_spread(node, users)
@@ -119,7 +119,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
         data: inputs that hold a batch.
         bounded: errors of clamped outputs that are finite whatever the batch is.
     """
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     users = Users(graph)
     finite = {t.name for t in graph.inputs if t.name not in data} | set(bounded)
     looked_at: dict[str, bool] = {}

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from zilc import onnx_io
-from zilc.emit import Emitter, names_of
+from zilc.emit import Emitter
 from zilc.graph import Users, hand_over, is_forward, is_standard, known_axes, size
 from zilc.lowerings import BATCH
 
@@ -37,7 +37,7 @@ def multiply_row_sums(graph: gs.Graph) -> gs.Graph:
     """
     if not any(node.op == "ReduceSum" for node in graph.nodes):
         return graph
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     nodes: list[gs.Node] = []
     for node in graph.nodes:
         if not _is_row_sum(node, op):
@@ -96,7 +96,7 @@ def join_sums(graph: gs.Graph) -> None:
     """
     users = Users(graph)
     inner = {id(node) for node in graph.nodes if node.op == "Add" and _is_inner(node, users)}
-    op = Emitter(gs.Graph(opset=graph.opset), names_of(graph))
+    op = Emitter.among(graph)
     replaced: dict[int, list[gs.Node]] = {}
     for root in graph.nodes:
         if root.op != "Add" or id(root) in inner:

@@ -13,7 +13,6 @@ from zilc import onnx_io
 from zilc.graph import Dataflow
 from zilc.onnx_io import ModelSource, Source
 from zilc.passes import contracts, placement, prepare
-from zilc.passes.identities import flow_of
 from zilc.passes.levels import Levels, find_levels
 from zilc.passes.mixed_precision import MixedPrecision, mixed_precision
 from zilc.passes.prepare import Prepared
@@ -87,11 +86,10 @@ def structure(
             prepared.graph, precision, keep=name_list(output), where=source.name
         )
     outputs = prepare.choose_outputs(prepared.graph, name_list(output), source.name)
-    graph, clamped = prepare.append_terminals(prepared.graph, outputs)
-    contracts.require(contracts.acyclic(graph), "acyclic")
-    flow = flow_of(graph, clamped)
+    flow, clamped = prepare.append_terminals(prepared.graph, outputs)
+    contracts.require(contracts.acyclic(flow.graph), "acyclic")
     longest = find_levels(flow)
-    return Structure(prepared, graph, outputs, clamped, flow, longest, longest, turned, straight, mixed)
+    return Structure(prepared, flow.graph, outputs, clamped, flow, longest, longest, turned, straight, mixed)
 
 
 def placed(found: Structure, where: str) -> Structure:

@@ -9,6 +9,7 @@ is emitted once (every emitted operator is deterministic).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -40,15 +41,16 @@ class Emitter:
     Args:
         graph: receives the nodes.  Emitted operators take the form of opset 18; the graph's own opset decides only
             where ONNX Runtime's CUDA provider has no kernel for an operator's later version.
-        names: tensor and node names already in use.
+        names: tensor and node names already in use; by default those of the graph.
         lowerings: chooses where a rule has several; by default the one of the least fitted cost.
     """
 
     def __init__(
         self, graph: gs.Graph, names: set[str] | None = None, lowerings: Lowerings | None = None
     ) -> None:
-        self.graph = graph
-        self.names = set(names) if names is not None else names_of(graph)
+        self.graph = self._among = graph
+        if names is not None:
+            self.names = set(names)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
@@ -60,7 +62,19 @@ class Emitter:
         self._prefix = "zilc"
         self._metadata: dict[str, str] = {}
 
+    @classmethod
+    def among(cls, graph: gs.Graph) -> Emitter:
+        """An emitter with a graph of its own, whose nodes will be put among those of ``graph``."""
+        made = cls(gs.Graph(opset=graph.opset))
+        made._among = graph
+        return made
+
     # -- names and places --
+
+    @functools.cached_property
+    def names(self) -> set[str]:
+        """Tensor and node names in use; looked for with the first that is given, for many passes emit nothing."""
+        return names_of(self._among)
 
     def fresh(self, name: str) -> str:
         """``name``, or ``name_1``, ``name_2`` … if taken; taken from now on."""
@@ -393,10 +407,15 @@ def _product(dims: Sequence[Dim]) -> int | None:
 
 def names_of(graph: gs.Graph) -> set[str]:
     """Names of tensors and nodes in use, subgraphs included."""
-    names = set(onnx_io.tensors(graph))
-    names.update(node.name for node in graph.nodes if node.name)
-    for inner in graph.subgraphs(recursive=True):
-        names.update(onnx_io.tensors(inner))
+    names = {t.name for t in (*graph.inputs, *graph.outputs)}
+    for node in graph.nodes:
+        if node.name:
+            names.add(node.name)
+        names.update([t.name for t in node.inputs])
+        names.update([t.name for t in node.outputs])
+        for inner in onnx_io.subgraphs(node):
+            names |= names_of(inner)
+    names.discard("")
     return names
 
 

@@ -7,6 +7,7 @@ output.  Everything else is frozen at its forward value and takes no part in lev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -383,7 +384,8 @@ class Users:
         self.maker: dict[str, gs.Node] = {}
         self._readers: dict[str, list[gs.Node | None]] = {}
         for node in graph.nodes:
-            for tensor in (*node.inputs, *(captured(node) if node.attrs else ())):
+            read = [*node.inputs, *captured(node)] if onnx_io.subgraphs(node) else node.inputs
+            for tensor in read:
                 self._readers.setdefault(tensor.name, []).append(node)
             for tensor in node.outputs:
                 self.maker[tensor.name] = node
@@ -408,4 +410,4 @@ def size(tensor: gs.Tensor) -> float:
     """Elements, symbolic dimensions counted as one; infinite where the shape is unknown."""
     if tensor.shape is None:
         return float("inf")
-    return float(np.prod([int(n) for n in tensor.shape if isinstance(n, (int, np.integer))], dtype=np.float64))
+    return float(math.prod(int(n) for n in tensor.shape if isinstance(n, (int, np.integer))))

@@ -340,14 +340,17 @@ def is_float(tensor: gs.Tensor) -> bool:
     """Whether the tensor holds floating-point numbers (float16, bfloat16, float32 or float64)."""
     if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None):
         return False
-    dtype = np_dtype(tensor.dtype)
-    return dtype is not None and _is_float_dtype(dtype)
+    return bool(_is_float_dtype(tensor.dtype))
 
 
 @functools.cache
-def _is_float_dtype(dtype: np.dtype) -> bool:
-    """numpy works a dtype's name out each time, and large graphs ask often."""
-    return dtype.name in FLOATS
+def _is_float_dtype(dtype: Any) -> bool | None:
+    """Whether a GraphSurgeon dtype is floating; None if there is none.
+
+    numpy works a dtype's name out each time, and large graphs ask often.
+    """
+    known = np_dtype(dtype)
+    return None if known is None else known.name in FLOATS
 
 
 def holds_float64(model: onnx.ModelProto) -> bool:
@@ -378,8 +381,7 @@ def may_hold_floats(tensor: gs.Tensor) -> bool:
     """
     if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None) or is_straight(tensor):
         return True
-    dtype = np_dtype(tensor.dtype)
-    return dtype is None or _is_float_dtype(dtype)
+    return _is_float_dtype(tensor.dtype) is not False
 
 
 def to_graph(
@@ -751,10 +753,10 @@ def _inference_key(node: gs.Node, opset: int) -> tuple | None:
         # Two operands that are one tensor, or share a symbolic dimension, are told apart by its name.
         shape = None if tensor.shape is None else tuple(tensor.shape)
         data = None
-        if isinstance(tensor, gs.Constant) and np.prod(tensor.shape, dtype=np.int64) <= 64:
+        if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) <= 64:
             data = values(tensor).tobytes()
         first = next(i for i, other in enumerate(node.inputs) if other.name == tensor.name)
-        operands.append((k - first, str(tensor.dtype), shape, data))
+        operands.append((k - first, tensor.dtype, shape, data))
     outputs = tuple(bool(t.name) for t in node.outputs)
     return node.op, opset, tuple(attrs), tuple(operands), outputs
 

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.vjp.shape import rank_of, reshape_like
-from zilc.vjp.table import Rule, defvjp
+from zilc.vjp.table import STRAIGHT, Rule, defvjp
 
 
 def _scale(
@@ -99,9 +99,6 @@ def _quantize(
     return op.Where(inside, g, op.scalar_like(0, g))
 
 
-#: By operator, where a quantised tensor carries the gradient.  Scales are held: half of their gradient would lie at
-#: QuantizeLinear, and fake quantisation with given scales has none.
-STRAIGHT = {
-    "QuantizeLinear": Rule("QuantizeLinear", "", 1, (_quantize, None, None)),
-    "DequantizeLinear": Rule("DequantizeLinear", "", 1, (lambda op, g, y, *_, **__: g, None, None)),
-}
+# Scales are held: half of their gradient would lie at QuantizeLinear, and fake quantisation with given scales has none.
+STRAIGHT["QuantizeLinear"] = Rule("QuantizeLinear", "", 1, (_quantize, None, None))
+STRAIGHT["DequantizeLinear"] = Rule("DequantizeLinear", "", 1, (lambda op, g, y, *_, **__: g, None, None))

@@ -83,8 +83,10 @@ class Table:
 
     def lookup(self, op: str, opset: int, domain: str | None = None) -> Rule | None:
         """The newest rule not above ``opset``, or None."""
-        domain = "" if domain in (None, "ai.onnx") else domain
-        return next((r for r in self.rules.get((domain, op), ()) if r.since <= opset), None)
+        for rule in self.rules.get(("" if domain in (None, "ai.onnx") else domain, op), ()):
+            if rule.since <= opset:
+                return rule
+        return None
 
     def __iter__(self) -> Iterator[Rule]:
         for key in sorted(self.rules):
@@ -92,6 +94,8 @@ class Table:
 
 
 TABLE = Table()
+#: By operator, where a quantised tensor carries the gradient (``--straight-through``).
+STRAIGHT: dict[str, Rule] = {}
 
 
 def defvjp(
@@ -147,11 +151,9 @@ def no_gradient(*ops: str, since: int = 1, domain: str = "", note: str = "") -> 
 
 def lookup(node: gs.Node, opset: int) -> Rule | None:
     """The rule of a node's operator at ``opset``: the written one, else one derived from its function body, or None."""
-    if any(onnx_io.is_straight(t) for t in (*node.inputs, *node.outputs)):
-        from zilc.vjp.quantization import STRAIGHT
-
-        if node.op in STRAIGHT:
-            return STRAIGHT[node.op]
+    straight = STRAIGHT.get(node.op)
+    if straight is not None and any(onnx_io.is_straight(t) for t in (*node.inputs, *node.outputs)):
+        return straight
     rule = TABLE.lookup(node.op, opset, node.domain)
     if rule is not None:
         return rule
