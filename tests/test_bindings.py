@@ -205,15 +205,49 @@ def test_it_can_be_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert not sessions
 
 
-def test_a_batch_on_the_device(model: Any) -> None:
-    """On the CPU it is the converted batch; fed twice it gives the losses of the batch itself."""
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_batch_on_the_host(model: Any, monkeypatch: pytest.MonkeyPatch, sets: int) -> None:
+    """On the CPU it is the converted batch, bound once; fed again and again it gives the losses of the batch itself."""
+    if sets == 2:
+        plainly = lambda model, providers, _, **__: TrainingSession(make_session(model, providers))  # noqa: E731
+        monkeypatch.setattr(runtime, "make_training_session", plainly)
+    step = zilc.emit_training(model, loss="cross-entropy")
+    feeds, other = _feeds(model, 4, 0), _feeds(model, 4, 1)
+    plain, trainer = (zilc.Trainer(step, lr=0.1, providers=CPU) for _ in range(2))
+    assert len({id(binding) for binding in trainer._bindings._plain.bindings}) == sets
+    placed = trainer.place({**feeds, "target": feeds["target"].astype(np.int32)})
+    assert placed.arrays["target"].dtype == np.int64
+    bound: list[str] = []
+    bind = onnxruntime.IOBinding.bind_cpu_input
+
+    def counted(self: Any, name: str, array: np.ndarray) -> None:
+        bound.append(name)
+        bind(self, name, array)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_cpu_input", counted)
+    assert [trainer.step(placed) for _ in range(4)] == [plain.step(feeds) for _ in range(4)]
+    first = bound.count("target")
+    assert first == 4 + 2  # the plain one's, and one a side
+    # Another batch in between is read, and then the placed one again, as it is now.
+    assert trainer.step(other) == plain.step(other)
+    for array, value in zip(placed.arrays.values(), feeds.values(), strict=True):
+        array[...] = value
+    assert [trainer.step(placed) for _ in range(2)] == [plain.step(feeds) for _ in range(2)]
+
+
+def test_a_placed_batch_that_is_not_contiguous(model: Any) -> None:
+    """It is copied each time, for onnxruntime reads contiguous memory only."""
     step = zilc.emit_training(model, loss="cross-entropy")
     feeds = _feeds(model, 4, 0)
+    turned = {name: np.asfortranarray(array) for name, array in feeds.items()}
     plain, trainer = (zilc.Trainer(step, lr=0.1, providers=CPU) for _ in range(2))
-    placed = trainer.place({**feeds, "target": feeds["target"].astype(np.int32)})
-    assert not isinstance(placed, Placed)
-    assert placed["target"].dtype == np.int64
-    assert [trainer.step(placed) for _ in range(3)] == [plain.step(feeds) for _ in range(3)]
+    placed = trainer.place(turned)
+    for factor in (1.0, 0.5):
+        for name, array in turned.items():
+            if array.dtype.kind == "f":
+                array *= factor
+                feeds[name] = feeds[name] * np.float32(factor)
+        assert trainer.step(placed) == plain.step(feeds)
 
 
 def _device(trainer: zilc.Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:

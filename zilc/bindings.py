@@ -33,7 +33,7 @@ class Placed:
     """A batch on the device, to be fed any number of times.
 
     Attributes:
-        values: onnxruntime's, by name.
+        values: onnxruntime's, by name; none on the host, where a run reads the arrays themselves.
         arrays: the same on the host.
         owner: of the trainer that checked and placed it.
     """
@@ -52,7 +52,7 @@ class Bound:
         feeds: memory that inputs are copied to, by name.
         options: for a run, by side; they name the recording.  None where there is none.
         recorded: sides that have a recording, each with the thread that made it.
-        placed: what was copied last, whole, if it was on the device before.
+        placed: what was fed last, whole, if it was on the device before.
     """
 
     bindings: list[Any]
@@ -169,19 +169,22 @@ class Bindings:
     def feed(self, side: int, arrays: Mapping[str, np.ndarray], placed: Placed | None = None) -> None:
         """Copy inputs of the present shapes to where the next run reads them, or bind them where they are."""
         now = self._now
-        if self.on_host:
-            binding = now.bindings[side]
-            # onnxruntime reads the caller's own memory; it is needed until the run returns, not longer.
-            for name, array in arrays.items():
-                if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
-                    binding.bind_cpu_input(name, array)
-                else:
-                    now.feeds[name].write(array)
-                    binding.bind_ortvalue_input(name, now.feeds[name].value)
-            return
         if placed is not None and placed is now.placed:
             return
         now.placed = None  # until all of it is there
+        if self.on_host:
+            as_it_is = True
+            for binding in now.bindings if placed is not None else now.bindings[side : side + 1]:
+                # onnxruntime reads the caller's own memory, which is needed for as long as that is bound and run.
+                for name, array in arrays.items():
+                    if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
+                        binding.bind_cpu_input(name, array)
+                    else:
+                        as_it_is = False
+                        now.feeds[name].write(array)
+                        binding.bind_ortvalue_input(name, now.feeds[name].value)
+            now.placed = placed if as_it_is else None
+            return
         for name, array in arrays.items():
             if placed is None:
                 now.feeds[name].write(array)
@@ -192,11 +195,13 @@ class Bindings:
     def place(
         self, arrays: Mapping[str, np.ndarray], owner: object, buffers: Mapping[str, Buffer] | None = None
     ) -> Placed:
-        """A batch on the device.
+        """A batch on the device; on the host it is the arrays themselves.
 
         Args:
             buffers: where; by default in memory of its own.
         """
+        if self.on_host:
+            return Placed({}, arrays, owner)
         with self.recording:
             if buffers is None:
                 buffers = self.buffers(arrays)
@@ -223,6 +228,11 @@ class Bindings:
         else:
             self._record(session, side)
         return binding
+
+    @property
+    def placed(self) -> Placed | None:
+        """The batch from :meth:`place` that the next run reads if nothing else is fed."""
+        return self._now.placed
 
     @property
     def last(self) -> Any:

@@ -346,16 +346,15 @@ class Trainer:
                 hint="Load a state, or make the trainer anew.",
             )
 
-    def place(self, feeds: Mapping[str, Any]) -> Placed | dict[str, np.ndarray]:
+    def place(self, feeds: Mapping[str, Any]) -> Placed:
         """A batch on the device, which :meth:`step` takes as often as wanted without copying it there again.
 
-        On the CPU it is the batch in the dtypes that the graph takes.
+        On the CPU it is the arrays themselves, checked, in the dtypes that the graph takes.
 
         Raises:
             DataError: as :meth:`step`.
         """
-        arrays = self._checked(feeds)
-        return arrays if self._bindings.on_host else self._bindings.place(arrays, self._token)
+        return self._bindings.place(self._checked(feeds), self._token)
 
     def _placed(self, batches: Iterable[tuple[int, Feeds]]) -> Iterator[tuple[int, Feeds, Feeds | Placed]]:
         """Batches, and what to feed of each: on a device a copy there, made while the batch before is in use.
@@ -378,6 +377,8 @@ class Trainer:
         """A batch to where the next run reads it; new bindings where a shape is not that of the step before."""
         placed = None
         if isinstance(feeds, Placed):
+            if feeds is self._bindings.placed:
+                return feeds.arrays, feeds
             # Another trainer's is like any arrays: it was not checked for this graph.
             placed, feeds = feeds if feeds.owner is self._token else None, feeds.arrays
         shapes, inputs = self._bindings.shapes, self.inputs
