@@ -16,6 +16,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench  # type: ignore[import-not-found]  # noqa: E402
 import bench_cuda  # type: ignore[import-not-found]  # noqa: E402
+import bench_page  # type: ignore[import-not-found]  # noqa: E402
 import bench_workers  # type: ignore[import-not-found]  # noqa: E402
 from bench_targets import TARGETS, Target, judge  # noqa: E402
 from bench_work import step_operations  # type: ignore[import-not-found]  # noqa: E402
@@ -245,20 +246,51 @@ def test_a_gpus_page_from_runs_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert "targets" not in data
 
 
-def test_runs_on_different_machines_are_not_joined() -> None:
+def test_runs_on_different_machines_are_not_joined(tmp_path: Path) -> None:
     runs = [{"facts": {"device": "cuda", "GPU": gpu, "precision": "float32"}, "results": []} for gpu in ("A", "B")]
-    with pytest.raises(ValueError, match="GPU A and B"):
-        bench.joined(runs)
+    assert bench_page.by_machine(runs) == runs
+    with pytest.raises(ValueError, match="A, B"):
+        bench_page.write(runs, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def cpu_run(machine: str, day: str, **times: float) -> dict[str, Any]:
+    """zilc and PyTorch on networks, and PyTorch's milliseconds of them."""
+    results = [
+        {"network": name, "batch": 20, "precision": "float32", "optimizer": "sgd",
+         "peers": {"zilc": gpu_entry(1.0, growth_mib=1.0, stepping_mib=1.0),
+                   "torch": gpu_entry(ms, growth_mib=1.0, stepping_mib=1.0, zilc_ratio=[1 / ms] * 3)}}
+        for name, ms in times.items()
+    ]  # fmt: skip
+    return bench_page.document(results, {"date": day, "machine": machine, "device": "cpu", "precision": "float32"})
+
+
+def test_machines_stand_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new run replaces that of its machine alone; targets have a column for each machine."""
+    place = tmp_path / "docs" / "benchmarks.json"
+    bench_page.write([cpu_run("Xeon", "2026-01-01", mlp3=2.0, rnn=1.0)], tmp_path / "docs")
+    bench_page.write([cpu_run("EPYC", "2026-01-02", mlp3=5.0)], tmp_path / "docs")
+    assert [run["facts"]["machine"] for run in bench_page.read(place)] == ["EPYC", "Xeon"]
+    page = (tmp_path / "docs" / "BENCHMARKS.md").read_text()
+    assert "| PyTorch eager, MLP | ≤ 0.25 | mlp3 0.200: met | mlp3 0.500: missed |" in page
+    assert page.index("## EPYC") < page.index("## Xeon")
+
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(cpu_run("Xeon", "2026-01-03", mlp3=4.0)))
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--from-json", f"{place},{again}", "--write"])
+    bench.main()
+    assert [run["facts"]["machine"] for run in bench_page.read(place)] == ["Xeon", "EPYC"]
+    page = (tmp_path / "docs" / "BENCHMARKS.md").read_text()
+    assert "| PyTorch eager, MLP | ≤ 0.25 | mlp3 0.250: met | mlp3 0.200: met |" in page
+    assert "| PyTorch eager, RNN | ≤ 0.5 | rnn 1.000: missed | rnn not measured: not measured |" in page
 
 
 def test_pages_are_those_of_their_data() -> None:
     docs = TOOLS.parent / "docs"
-    made = {"benchmarks.json": ("BENCHMARKS.md", bench.markdown)}
-    if (docs / "benchmarks_cuda.json").exists():
-        made["benchmarks_cuda.json"] = ("BENCHMARKS_CUDA.md", bench_cuda.markdown)
-    for name, (page, markdown) in made.items():
-        data = json.loads((docs / name).read_text())
-        assert markdown(data["results"], data["facts"]) == (docs / page).read_text()
+    assert bench_page.markdown(bench_page.read(docs / "benchmarks.json")) == (docs / "BENCHMARKS.md").read_text()
+    data = json.loads((docs / "benchmarks_cuda.json").read_text())
+    assert bench_cuda.markdown(data["results"], data["facts"]) == (docs / "BENCHMARKS_CUDA.md").read_text()
 
 
 def test_a_process_that_dies_is_said_to_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +330,7 @@ def test_one_run(tmp_path: Path) -> None:
         assert 0 < peer["growth_mib"] < peer["peak_mib"]
     assert len(sgd["peers"]["torch"]["zilc_ratio"]) == 3
     assert {name for name, peer in sgd["peers"].items() if len(peer.get("each_ms", ())) == 2} == {"zilc", "zilc-bp"}
-    page = bench.markdown(data["results"], data["facts"])
+    page = bench_page.markdown([data])
     assert "| mlp2 | 20 | zilc-literal |" in page
     assert "| mlp2, adam | 20 | torch |" in page
 
@@ -317,7 +349,7 @@ def test_peers_built_at_the_same_time(tmp_path: Path) -> None:
         for name, peer in result["peers"].items():
             assert "failed" not in peer, (name, peer)
     assert data["facts"]["precision"] == "float32, float16"
-    assert "| mlp2, float16 | 8 | torch |" in bench.markdown(data["results"], data["facts"])
+    assert "| mlp2, float16 | 8 | torch |" in bench_page.markdown([data])
     assert not list(tmp_path.glob("*.part"))
 
 

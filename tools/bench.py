@@ -9,7 +9,7 @@ and backpropagation, whose graphs hold the same nodes, go on alone for as many r
 before all others and behind them.
 
 ``make bench`` sets up the environments of the peers that need their own, and runs this.  ``--write`` writes
-docs/BENCHMARKS.md and docs/benchmarks.json.
+docs/BENCHMARKS.md and docs/benchmarks.json, in which other machines' runs stay.
 
 With ``--device cuda`` each peer's GPU memory is measured too, and how much of the device's best rate it reaches; the
 peers of several networks are built at the same time (``--builds``) and timed one after another, and ``--write`` writes
@@ -38,12 +38,11 @@ from pathlib import Path
 from typing import Any
 
 import bench_cuda  # type: ignore[import-not-found]
+import bench_page  # type: ignore[import-not-found]
 import numpy as np
-from bench_targets import ALL, CONVOLUTIONAL, judge
-from bench_task import HALVES, TARGET, Task, device_used_mib
-from pages import grid  # type: ignore[import-not-found]
+from bench_targets import ALL, CONVOLUTIONAL, TWIN_ROUNDS, TWINS
+from bench_task import HALVES, PRECISIONS, TARGET, Task, device_used_mib
 from rich.console import Console
-from rich.table import Table
 
 from zilc.machine import processor
 
@@ -51,7 +50,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BATCH = {"transformer": 4, "decoder": 4}
 KNOWN = (*ALL, "mlp2", "mlp4")
-PRECISIONS = ("float32", "float64", *HALVES)
 PEERS = (
     "zilc", "zilc-bp", "zilc-literal", "zilc-plain", "zilc-tuned", "torch", "torch-compile", "torch-graphs",
     "ort-training", "onnx-ad", "jax",
@@ -76,9 +74,6 @@ BUILDS = 12
 ALIVE = 40
 #: Each peer has this many rounds, however slow.
 LEAST_ROUNDS = 3
-#: Two that run the same nodes, to be told apart by a hundredth: they have this many times the rounds, the rest of them
-#: with nobody else.
-TWINS, TWIN_ROUNDS = ("zilc", "zilc-bp"), 3
 #: Relative differences allowed in the first loss, and in the loss after one update besides MOVED of its change.
 TOLERANCES = {"float32": (1e-4, 1e-5), "float64": (1e-9, 1e-9)}
 #: A peer that updates nothing is off by the whole change.
@@ -582,80 +577,6 @@ def measure_all(
     return results
 
 
-HEADER = [
-    "network", "batch", "peer", "ms a step", "min to max", "rounds", "zilc / peer", "95 % interval", "peak MiB",
-    "since imports", "in steps",
-]  # fmt: skip
-
-
-def table(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows for people; a peer that failed has the reason in place of its figures."""
-    rows = []
-    several = len({result.get("precision") for result in results}) > 1
-    for result in results:
-        network = bench_cuda.label(result) + (f", {result['precision']}" if several else "")
-        for name, entry in result["peers"].items():
-            start = [network, str(result["batch"]), name]
-            if "failed" in entry:
-                rows.append([*start, entry["failed"], *[""] * (len(HEADER) - 4)])
-                continue
-            share = entry.get("zilc_ratio")
-            rows.append(
-                [
-                    *start, f"{entry['ms']:.3g}", f"{entry['min']:.3g} to {entry['max']:.3g}", str(entry["rounds"]),
-                    f"{share[0]:.3f}" if share else "", f"{share[1]:.3f} to {share[2]:.3f}" if share else "",
-                    f"{entry['peak_mib']:.0f}", f"{entry['growth_mib']:.0f}", f"{entry['stepping_mib']:.0f}",
-                ]
-            )  # fmt: skip
-    return rows
-
-
-def markdown(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The page."""
-    notes = {}
-    for result in results:
-        for name, entry in result["peers"].items():
-            if "note" in entry:
-                notes[f"{result['network']}, {name}"] = entry["note"]
-    lines = [
-        "# Benchmarks",
-        "",
-        "Made by `make bench BENCH=--write`.  Every figure is a median over rounds that went from peer to peer in one",
-        "run, the whole step with loss and update, from the same weights on the same batch; first losses are checked.",
-        "Machines of this kind are noisy: read the ratios.  Memory is that of the peer's process: its peak, how much",
-        "of it came after the imports, and the peak in steps alone, once the step was built and run twice.",
-        "Peers have a new order in each round; zilc and zilc-bp, whose graphs hold the same nodes, go on alone to",
-        f"{TWIN_ROUNDS} times the rounds.  The sooner a process was built the slower it is here, by some hundredths:",
-        "so these two are built twice, before all others and behind them, and count as the geometric mean of both.",
-        "",
-        ", ".join(f"{k} {v}" for k, v in facts.items()) + ".",
-        "",
-        *grid(HEADER, table(results)),
-        "",
-        *(f"{where}: {note}.\n" for where, note in notes.items()),
-        "## Targets",
-        "",
-        "zilc's figure over the peer's; a target counts as met only where all that it needs was measured.  Where the",
-        "time of a step goes, kernel by kernel, and what was tried to shorten it: [PROFILE.md](PROFILE.md).",
-        "",
-        *grid(["target", "limit", "measured", ""], [verdict.row() for verdict in judge(judged(results))]),
-        "",
-        "## Versions",
-        "",
-        *bench_cuda.versions(results),
-        "",
-        "## Operators that ONNX Runtime runs after its own optimisation",
-        "",
-    ]
-    for result in results:
-        both = [result["peers"].get(n, {}).get("operators") for n in ("zilc", "zilc-bp")]
-        if all(both) and result["optimizer"] == "sgd" and result in judged(results):
-            rows = [[n, str(both[0].get(n, 0)), str(both[1].get(n, 0))] for n in sorted(set(both[0]) | set(both[1]))]
-            rows.append(["all", str(sum(both[0].values())), str(sum(both[1].values()))])
-            lines += [f"**{result['network']}**", "", *grid(["operator", "Z-IL", "BP"], rows), ""]
-    return "\n".join(lines)
-
-
 def chosen(options: argparse.Namespace, network: str, precision: str) -> list[str]:
     """A network's peers: those asked for, else all that finish in reasonable time; zilc first, as the reference."""
     if options.peers:
@@ -736,9 +657,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd")
     parser.add_argument("--no-adam", action="store_true", help="leave out the short run for memory with Adam")
     parser.add_argument("--json", type=Path, help="write the results here, after each network")
-    parser.add_argument("--from-json", type=_files, metavar="FILE,…", help="show the results of these runs, join them")
+    parser.add_argument("--from-json", type=_files, metavar="FILE,…", help="show these runs, joined by machine")
     parser.add_argument(
-        "--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json, or for cuda "
+        "--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json, where runs on other "
+        "machines stay, or for cuda "
         "docs/BENCHMARKS_CUDA.md and docs/benchmarks_cuda.json",
     )  # fmt: skip
     options = parser.parse_args(arguments)
@@ -749,66 +671,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.builds = options.builds or (1 if options.device == "cpu" else min(BUILDS, options.threads))
     options.gate = "" if options.no_gate else str(Path(tempfile.gettempdir()) / f"bench-{os.getpid()}.gate")
     return options
-
-
-def document(results: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """What is written as JSON; targets are for the CPU."""
-    data: dict[str, Any] = {"facts": facts, "results": results}
-    if facts["device"] == "cpu":
-        data["targets"] = [
-            {"target": v.target.name, "limit": v.target.limit, "measured": v.measured, "met": v.met}
-            for v in judge(judged(results))
-        ]
-    return data
-
-
-def judged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What targets are held against: each network with each optimizer in the first of its precisions and batches."""
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        first.setdefault((result["network"], result["optimizer"]), result)
-    return list(first.values())
-
-
-def joined(documents: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Results and facts of several runs on one machine; what was measured again stands as it was measured last.
-
-    Raises:
-        ValueError: they ran on different machines.
-    """
-    facts: dict[str, Any] = {}
-    results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for data in documents:
-        own = data["facts"]
-        for key in ("device", "GPU", "machine"):
-            if facts and facts.get(key) != own.get(key):
-                raise ValueError(f"runs on different machines: {key} {facts.get(key)} and {own.get(key)}")
-        peaks = {**facts.get("peak_gflops", {}), **own.get("peak_gflops", {})}
-        named = f"{facts.get('precision', '')}, {own['precision']}".split(", ")
-        precisions = [name for name in PRECISIONS if name in named]
-        facts = {**facts, **own, "precision": ", ".join(precisions), **({"peak_gflops": peaks} if peaks else {})}
-        for result in data["results"]:
-            results[tuple(result.get(name) for name in ("network", "batch", "precision", "optimizer"))] = result
-    return list(results.values()), facts
-
-
-def report(data: dict[str, Any]) -> None:
-    """On the terminal."""
-    results, out = data["results"], Console(width=max(Console().width, 150))
-    if data["facts"]["device"] == "cuda":
-        _print(out, bench_cuda.HEADER, bench_cuda.table(results))
-        return
-    _print(out, HEADER, table(results))
-    _print(out, ["target", "limit", "measured", ""], [v.row() for v in judge(judged(results)) if v.met is not None])
-
-
-def write(data: dict[str, Any]) -> None:
-    """The page and its data."""
-    docs, gpu = ROOT / "docs", data["facts"]["device"] == "cuda"
-    docs.mkdir(exist_ok=True)
-    page = (bench_cuda.markdown if gpu else markdown)(data["results"], data["facts"])
-    (docs / ("BENCHMARKS_CUDA.md" if gpu else "BENCHMARKS.md")).write_text(page)
-    (docs / ("benchmarks_cuda.json" if gpu else "benchmarks.json")).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -830,41 +692,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.json:
             # In one go: who is stopped while writing keeps what was there.
             part = options.json.with_name(options.json.name + ".part")
-            part.write_text(json.dumps(document(results, facts), indent=1))
+            part.write_text(json.dumps(bench_page.document(results, facts), indent=1))
             part.replace(options.json)
 
     results = measure_all(options, Console(stderr=True), written)
     written(results)
-    return document(results, facts)
+    return bench_page.document(results, facts)
 
 
 def main() -> None:
     options = parse()
     if options.from_json:
-        data = document(*joined([json.loads(path.read_text()) for path in options.from_json]))
+        made = bench_page.by_machine([run for path in options.from_json for run in bench_page.read(path)])
         if options.json:
-            options.json.write_text(json.dumps(data, indent=1))
+            options.json.write_text(json.dumps(bench_page.together(made), indent=1))
     else:
-        data = run(options)
-    report(data)
+        made = [run(options)]
+    for data in made:
+        bench_page.report(data)
     if options.write:
-        write(data)
-
-
-def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
-    """A table on the terminal; a failed peer's reason stands below it, where there is room."""
-    shown = Table(*header, box=None)
-    reasons = []
-    for row in rows:
-        first = header.index("ms a step") if "ms a step" in header else len(header)
-        if first < len(header) and not any(row[first + 1 :]):
-            reasons.append(f"{', '.join(row[:first])}: {row[first]}")
-            row = [*row[:first], "failed", *row[first + 1 :]]
-        shown.add_row(*row)
-    console.print(shown)
-    for reason in reasons:
-        console.print(reason, markup=False)
-    console.print()
+        bench_page.write(made, ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ Measure = Literal["ms", "peak_mib", "growth_mib"]
 PAPER = ("mlp3", "rnn", "transformer", "alexnet", "resnet18")
 ALL = (*PAPER, "decoder")
 CONVOLUTIONAL = ("alexnet", "resnet18")
+#: Two that run the same nodes, to be told apart by a hundredth: they have this many times the rounds, the rest of them
+#: with nobody else.
+TWINS, TWIN_ROUNDS = ("zilc", "zilc-bp"), 3
 
 
 @dataclass(frozen=True)

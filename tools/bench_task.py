@@ -19,6 +19,7 @@ import numpy as np
 TARGET = "target"
 #: Mixed precision: products in these, weights and updates in float32.
 HALVES = ("float16", "bfloat16")
+PRECISIONS = ("float32", "float64", *HALVES)
 
 
 @dataclass(frozen=True)
