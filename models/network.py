@@ -12,7 +12,7 @@ import onnx
 import onnx.helper
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir, onnx_io
 from zilc.emit import Emitter
 from zilc.errors import OptionError
 
@@ -116,10 +116,10 @@ class Network:
         """The checked model of one output, under ``name``; ``shape`` is held against what is inferred."""
         output.name, output.shape = self.op.fresh(name), list(shape)
         self.graph.outputs = [output]
-        for tensor in onnx_io.tensors(self.graph).values():
+        for tensor in ir.tensors(self.graph).values():
             # The emitter's own constants, shapes and scalars; its prefix is for graphs that zilc emits.
             tensor.name = tensor.name.removeprefix("zilc.")
-        proto = onnx_io.to_proto(self.graph, infer=True)
+        proto = ir.to_proto(self.graph, infer=True)
         onnx_io.check_full(proto)
         return proto
 

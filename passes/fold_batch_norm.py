@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.graph import STATISTICS, Users, hand_over, is_standard
 from zilc.rules import is_own
@@ -162,8 +162,8 @@ def _norm_of(conv: gs.Node, users: Users, trained: set[str], op: Emitter) -> gs.
     if any(t.inputs or op.static(t) is None for t in leaves):
         return None
     # In half precision u W would be rounded once more than W, and the sums are of other things than the kernel's.
-    dtypes = {onnx_io.np_dtype(t.dtype) for t in leaves}
-    if len(dtypes) != 1 or not dtypes <= {np.dtype(np.float32), np.dtype(np.float64)}:
+    kinds = {dtypes.np_dtype(t.dtype) for t in leaves}
+    if len(kinds) != 1 or not kinds <= {np.dtype(np.float32), np.dtype(np.float64)}:
         return None
     # A rule of the user's stays in force.
     return norm if all(is_own(table.lookup(node, op.graph.opset)) for node in (conv, norm)) else None

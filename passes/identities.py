@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
@@ -46,7 +46,7 @@ def levelled_flow(graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement:
     """The active part of :func:`insert_identities`'s graph, which finds it anyway to check what it ensures."""
     contracts.require(contracts.acyclic(graph), "acyclic")
     rebuild = Rebuild(graph)
-    names = set(onnx_io.tensors(graph)) | {n.name for n in graph.nodes}
+    names = set(ir.tensors(graph)) | {n.name for n in graph.nodes}
     position = {id(node): v for v, node in enumerate(flow.vertices)}
     taps: dict[tuple[int, int], gs.Tensor] = {}  # (consumer, operand) -> the tensor it now reads
 
@@ -57,7 +57,7 @@ def levelled_flow(graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement:
         for level in range(top - 1, bottom - 1, -1):
             name = fresh_name(f"{tensor.name}.id{level}{label}", names)
             out = gs.Variable(name, tensor.dtype, tensor.shape)
-            onnx_io.carry_straight(tensor, out)
+            dtypes.carry_straight(tensor, out)
             node = gs.Node("Identity", name=name, inputs=[source], outputs=[out])
             node.metadata = {}
             node.doc_string = ""
@@ -150,7 +150,7 @@ def cost(flow: Dataflow, levels: Levels, placement: Placement) -> Cost:
 
 def _bytes(tensor: gs.Tensor) -> tuple[str, int]:
     """Bytes of a tensor: the product of its symbolic dimensions ('' if none), and the number beside it."""
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     size = dtype.itemsize if dtype is not None else 4
     if tensor.shape is None:
         return f"size({tensor.name})", size

@@ -15,7 +15,7 @@ import onnx.helper
 import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir, onnx_io
 from zilc.emit import Emitter
 from zilc.errors import describe_vertex
 from zilc.graph import Rebuild, is_standard
@@ -227,7 +227,7 @@ def iterations_read(loop: gs.Node) -> int | None:
             return None
         for reader in output.outputs:
             at = reader.inputs[1] if reader.op == "SequenceAt" and len(reader.inputs) == 2 else None
-            position = int(onnx_io.values(at).reshape(-1)[0]) if isinstance(at, gs.Constant) else -1
+            position = int(ir.values(at).reshape(-1)[0]) if isinstance(at, gs.Constant) else -1
             if position < 0:
                 return None
             most = max(most, position + 1 - length)
@@ -302,7 +302,7 @@ def _value(op: Emitter, tensor: gs.Tensor, values: dict[str, np.ndarray | None])
             continue
         node = x.inputs[0] if isinstance(x, gs.Variable) and x.inputs else None
         if isinstance(x, gs.Constant):
-            values[x.name] = onnx_io.values(x) if x._values.nbytes <= 8 * _SMALL else None
+            values[x.name] = ir.values(x) if x._values.nbytes <= 8 * _SMALL else None
         elif node is None or not is_standard(node) or any(True for _ in node.subgraphs()):
             values[x.name] = None
         elif node.op in ("Shape", "Size"):
@@ -344,7 +344,7 @@ def _compute(
     shell.inputs, shell.metadata = inputs, {}
     shell.outputs = [t for t in outputs if t.name == wanted.name]
     try:
-        (found,) = evaluator(onnx_io.to_proto(shell, ir_version=10)).run(None, arrays)
+        (found,) = evaluator(ir.to_proto(shell, ir_version=10)).run(None, arrays)
     except Exception:  # whatever the evaluator cannot do is not known beforehand
         return None
     result = np.asarray(found)
@@ -390,7 +390,7 @@ def _held(node: gs.Node) -> np.ndarray | None:
     for key in ("value_float", "value_floats", "value_int", "value_ints"):
         if key in node.attrs:
             return np.asarray(node.attrs[key], np.float32 if "float" in key else np.int64)
-    return onnx_io.values(node.attrs["value"]) if "value" in node.attrs else None
+    return ir.values(node.attrs["value"]) if "value" in node.attrs else None
 
 
 # -- Scan as opset 8 had it --

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.graph import captured, copy_node, copy_subgraph
 from zilc.losses import LOSSES
@@ -145,7 +145,7 @@ def emit_literal(
                     now.computed[name] = inner.Where(stepping, computed[name], made)
                 if read is not None and mu[name].name not in read:
                     loop.drop(mu[name])  # no rule reads it
-                elif onnx_io.is_float(made):
+                elif dtypes.is_float(made):
                     loop.hand_on(mu[name], inner.Add(mu[name], inner.Sub(made, now.computed[name])))
                 else:
                     loop.hand_on(mu[name], made)  # indices

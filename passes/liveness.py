@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 from zilc.graph import captured
 
 #: Roles of nodes that may run again.
@@ -137,7 +137,7 @@ class Problem:
     def _bytes(self, tensor: gs.Tensor) -> int:
         """0 where the size is not known before the graph runs."""
         dims = self.dims(tensor)
-        dtype = onnx_io.np_dtype(tensor.dtype)
+        dtype = dtypes.np_dtype(tensor.dtype)
         return 0 if dims is None or dtype is None else math.prod(dims) * dtype.itemsize
 
     def dims(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
@@ -152,7 +152,7 @@ class Problem:
         return (
             node.metadata.get("zilc.role") in _AGAIN
             and node.op not in _RANDOM
-            and not onnx_io.subgraphs(node)
+            and not ir.subgraphs(node)
             and not any(t.name in pinned for t in node.outputs)  # a subgraph reads it under its one name
         )
 

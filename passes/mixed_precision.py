@@ -32,7 +32,7 @@ import onnx.defs
 import onnx.helper
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir, onnx_io
 from zilc.errors import OptionError
 from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name, is_standard
 from zilc.passes import contracts
@@ -130,10 +130,10 @@ def _ensure_single(graph: gs.Graph, where: str) -> None:
     """
     read = [t for node in graph.nodes if node.op in NARROW and is_standard(node) for t in node.inputs]
     for tensor in (*graph.inputs, *graph.outputs, *read):
-        if tensor.name and onnx_io.is_float(tensor) and onnx_io.np_dtype(tensor.dtype) != _SINGLE:
+        if tensor.name and dtypes.is_float(tensor) and dtypes.np_dtype(tensor.dtype) != _SINGLE:
             raise OptionError(
                 f"{where or 'the model'} is not a float32 model: '{tensor.name}' is "
-                f"{onnx_io.np_dtype(tensor.dtype)}",
+                f"{dtypes.np_dtype(tensor.dtype)}",
                 where="--precision",
                 hint="Leave it out, or give the float32 model.",
             )
@@ -153,7 +153,7 @@ class _Rewrite:
         self.pliant: dict[str, bool] = {}
         self.operands: dict[int, list[int]] = {}
         self.rebuild = Rebuild(graph)
-        self.names = set(onnx_io.tensors(graph)) | {node.name for node in graph.nodes if node.name}
+        self.names = set(ir.tensors(graph)) | {node.name for node in graph.nodes if node.name}
         self.low_tensors: dict[str, gs.Variable] = {}
         self.widened: set[str] = set()
 
@@ -176,7 +176,7 @@ class _Rewrite:
                     readers.setdefault(tensor.name, []).append(node)
         for node in reversed(self.graph.nodes):
             if id(node) not in self.low and node.op in MOVING and id(node) in self.operands:
-                made = [t for t in node.outputs if t.name and onnx_io.is_float(t)]
+                made = [t for t in node.outputs if t.name and dtypes.is_float(t)]
                 if all(self._read_low(t.name, readers) for t in made) and not self._looks_up(node):
                     self._lower(node)
 
@@ -184,7 +184,7 @@ class _Rewrite:
         """Operands whose type is the output's and may be the low one; None where the node must stay in float32."""
         if not is_standard(node) or node.op not in NARROW | FOLLOWING or getattr(node, FROZEN, False):
             return None
-        if not node.outputs or onnx_io.np_dtype(node.outputs[0].dtype) != _SINGLE:
+        if not node.outputs or dtypes.np_dtype(node.outputs[0].dtype) != _SINGLE:
             return None
         schema = onnx.defs.get_schema(node.op, self.graph.opset, "")
         variables = {schema.outputs[0].type_str} | ({"T2"} if node.op == "Attention" else set())
@@ -197,12 +197,12 @@ class _Rewrite:
         for k, tensor in enumerate(node.inputs):
             formal = schema.inputs[min(k, len(schema.inputs) - 1)]
             if tensor.name and formal.type_str in variables:
-                if onnx_io.np_dtype(tensor.dtype) != _SINGLE or getattr(tensor, "type", None) not in (
+                if dtypes.np_dtype(tensor.dtype) != _SINGLE or getattr(tensor, "type", None) not in (
                     "tensor_type", None,
                 ):  # fmt: skip
                     return None
                 found.append(k)
-        if node.op == "Attention" and len(node.inputs) > 3 and onnx_io.is_float(node.inputs[3]):
+        if node.op == "Attention" and len(node.inputs) > 3 and dtypes.is_float(node.inputs[3]):
             return None  # an additive mask: in the low type its least numbers would be infinite
         self.operands[id(node)] = found
         return found
@@ -245,7 +245,7 @@ class _Rewrite:
         held = tensor._values
         if held.nbytes >= READ_LIMIT:
             return True
-        values = np.asarray(onnx_io.values(tensor), np.float32)
+        values = np.asarray(ir.values(tensor), np.float32)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             cast = values.astype(self.dtype).astype(np.float32)
         lost = np.isfinite(values) & ~np.isfinite(cast)
@@ -253,8 +253,8 @@ class _Rewrite:
 
     def _note(self, node: gs.Node) -> None:
         """A node that stays in float32."""
-        floating = [t for t in node.outputs if t.name and onnx_io.is_float(t)]
-        read = [t for t in node.inputs if t.name and onnx_io.is_float(t)]
+        floating = [t for t in node.outputs if t.name and dtypes.is_float(t)]
+        read = [t for t in node.inputs if t.name and dtypes.is_float(t)]
         if getattr(node, FROZEN, False):
             # Masks and batch statistics come from the compiler; a mask holds 0 and 1 / (1 - ratio).
             self.pliant.update(dict.fromkeys((t.name for t in floating), True))
@@ -269,7 +269,7 @@ class _Rewrite:
 
     def _results(self, node: gs.Node) -> list[gs.Tensor]:
         """Outputs that are of the low type where the node is."""
-        return [t for t in node.outputs if t.name and onnx_io.np_dtype(t.dtype) == _SINGLE]
+        return [t for t in node.outputs if t.name and dtypes.np_dtype(t.dtype) == _SINGLE]
 
     def _read_low(self, name: str, readers: dict[str, list[gs.Node]]) -> bool:
         """A tensor is read, and by nodes of the low type alone, as operands of that type."""
@@ -300,10 +300,10 @@ class _Rewrite:
                 for tensor in captured(node) if node.attrs else ():
                     self._wide(tensor)
                 rebuild.add(node, [self._wide(t) for t in node.inputs])
-                if any(onnx_io.is_float(t) for t in node.outputs if t.name):
+                if any(dtypes.is_float(t) for t in node.outputs if t.name):
                     self.found.single[node.op] = self.found.single.get(node.op, 0) + 1
             self._mend_metadata(rebuild.nodes[-1])
-        everything = onnx_io.tensors(self.graph)
+        everything = ir.tensors(self.graph)
         for name in sorted(self.kept):
             if name in everything:
                 self._wide(everything[name])

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 from zilc.errors import ModelError, OptionError
 from zilc.graph import FROZEN, PRECISION, Dataflow, every_node
 
@@ -87,17 +87,17 @@ def candidates(graph: gs.Graph, flow: Dataflow) -> list[Candidate]:
             if tensor.name:
                 consumers.setdefault(tensor.name, []).append((node, k))
     active = set(flow.leaves)
-    everything = onnx_io.tensors(graph)
+    everything = ir.tensors(graph)
     order = [n for n in flow.leaves if isinstance(everything[n], gs.Constant)]
     order += [n for n, t in everything.items() if isinstance(t, gs.Constant) and n not in active]
     made = []
     for name in order:
         tensor = everything[name]
-        if not onnx_io.is_float(tensor) or (name in frozen and name not in consumers):
+        if not dtypes.is_float(tensor) or (name in frozen and name not in consumers):
             continue  # constants of batch statistics and masks are the compiler's own
         uses = _uses(name, consumers)
         reason = _reason(tensor, uses, name in active, consumers)
-        dtype = onnx_io.np_dtype(tensor.dtype)
+        dtype = dtypes.np_dtype(tensor.dtype)
         made.append(
             Candidate(
                 name, tuple(int(n) for n in tensor.shape), dtype.name if dtype else "", not reason, reason,
@@ -126,8 +126,8 @@ def _uses(name: str, consumers: dict[str, list[tuple[gs.Node, int]]]) -> list[tu
 
 def _is_fake(node: gs.Node) -> bool:
     """Quantises or dequantises, and the gradient passes: fake quantisation moves nothing."""
-    return (node.op == "QuantizeLinear" and onnx_io.is_straight(node.outputs[0])) or (
-        node.op == "DequantizeLinear" and onnx_io.is_straight(node.inputs[0])
+    return (node.op == "QuantizeLinear" and dtypes.is_straight(node.outputs[0])) or (
+        node.op == "DequantizeLinear" and dtypes.is_straight(node.inputs[0])
     )
 
 
@@ -193,10 +193,10 @@ def _mask(tensor: gs.Constant, weighty: list[tuple[gs.Node, int]]) -> str:
     held = tensor._values
     if held.nbytes >= READ_LIMIT:
         return ""
-    values = onnx_io.values(tensor)
+    values = ir.values(tensor)
     if values.dtype.itemsize < 4:
         values = values.astype(np.float32)  # 1e30 does not fit into half precision
-    if isinstance(held, onnx_io.FilledValues):
+    if isinstance(held, ir.FilledValues):
         values = values.reshape(-1)[:1]
     with np.errstate(invalid="ignore"):
         if (np.abs(values) >= MASK_VALUE).any():
@@ -229,14 +229,14 @@ def select(
     found = candidates(graph, flow)
     by_name = {c.name: c for c in found}
     active = set(flow.leaves)
-    floating_inputs = [t.name for t in graph.inputs if onnx_io.is_float(t)]
+    floating_inputs = [t.name for t in graph.inputs if dtypes.is_float(t)]
     chosen: list[str] = []
     inputs: list[str] = []
     reasons = {c.name: c.reason for c in found if c.reason}
     if not wrt:
         chosen = [c.name for c in found if c.trained]
     else:
-        everything = onnx_io.tensors(graph)
+        everything = ir.tensors(graph)
         for pattern in wrt:
             if pattern in {t.name for t in graph.inputs}:
                 if pattern not in floating_inputs:
@@ -264,7 +264,7 @@ def select(
     for pattern in freeze or ():
         matches = [pattern] if pattern in by_name else [n for n in by_name if fnmatchcase(n, pattern)]
         if not matches:
-            raise OptionError(_no_match(pattern, by_name, (), onnx_io.tensors(graph)), where="--freeze")
+            raise OptionError(_no_match(pattern, by_name, (), ir.tensors(graph)), where="--freeze")
         for name in matches:
             if name in chosen:
                 chosen.remove(name)
@@ -293,7 +293,7 @@ def _no_match(pattern: str, names: Sequence[str] | dict, inputs: Sequence[str], 
 def _cut(flow: Dataflow) -> str:
     """What cuts the gradient in a quantised model, and what helps; empty where nothing is quantised."""
     # Where --straight-through is given already, what is left is cut by something else.
-    node = next((n for n in flow.graph.nodes if n.op in _QUANTISED and not onnx_io.is_straight(n.outputs[0])), None)
+    node = next((n for n in flow.graph.nodes if n.op in _QUANTISED and not dtypes.is_straight(n.outputs[0])), None)
     if node is None:
         return ""
     return (

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.errors import EnsuresError
 from zilc.graph import Dataflow
 from zilc.passes.levels import Levels, find_levels
@@ -85,7 +85,7 @@ def needed(
 def _weight(tensor: gs.Tensor, by: Measure, dims: Mapping[str, int]) -> int:
     if by == "count":
         return 1
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     size = dtype.itemsize if dtype is not None else 4
     for n in tensor.shape if tensor.shape is not None else ():
         size *= int(n) if isinstance(n, (int, np.integer)) else int(dims.get(str(n), 1))

@@ -19,10 +19,10 @@ import onnx.inliner
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
-from zilc import foreign, onnx_io
+from zilc import dtypes, foreign, ir, onnx_io
 from zilc.errors import ModelError, OptionError
 from zilc.graph import INSERTED, Dataflow, Rebuild, fresh_name
-from zilc.onnx_io import FilledValues, Source
+from zilc.onnx_io import Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants
 from zilc.passes.opset import first_line, opset_of, settle_opset
@@ -73,7 +73,7 @@ def prepare(
     proto = spell_out_defaults(proto)
     notes: list[str] = []
     proto = infer_shapes(proto, source.name, notes)
-    graph = onnx_io.to_graph(proto, source.base_dir, aside)
+    graph = ir.to_graph(proto, source.base_dir, aside)
     graph.opset = opset_of(proto)
     lift_inner_constants(graph)
     graph = lift_constants(graph)
@@ -229,7 +229,7 @@ def reinfer(graph: gs.Graph) -> gs.Graph:
         tensor.shape = None
     found = {}
     try:
-        proto = onnx.shape_inference.infer_shapes(onnx_io.to_proto(graph), data_prop=True)
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(graph), data_prop=True)
         found = {i.name: i.type.tensor_type for i in proto.graph.value_info if i.type.HasField("tensor_type")}
     except Exception:  # GraphSurgeon cannot write every graph out, nor onnx infer it: what was known stays
         found = {}
@@ -249,7 +249,7 @@ def lift_constants(graph: gs.Graph) -> gs.Graph:
     Before:  shape -> ConstantOfShape -> w -> Conv
     After:   w -> Conv
     """
-    if not any(node.op in ("Constant", "ConstantOfShape") or onnx_io.subgraphs(node) for node in graph.nodes):
+    if not any(node.op in ("Constant", "ConstantOfShape") or ir.subgraphs(node) for node in graph.nodes):
         return graph
     rebuild = Rebuild(graph)
     produced_outputs = {t.name for t in graph.outputs}
@@ -267,7 +267,7 @@ def lift_constants(graph: gs.Graph) -> gs.Graph:
     return rebuild.finish()
 
 
-def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
+def _constant_values(node: gs.Node) -> np.ndarray | ir.FilledValues | None:
     if node.domain not in (None, "", "ai.onnx"):
         return None
     if node.op == "Constant":
@@ -282,10 +282,10 @@ def _constant_values(node: gs.Node) -> np.ndarray | FilledValues | None:
                 return np.asarray(attrs[key], dtype)
         return None
     if node.op == "ConstantOfShape" and isinstance(node.inputs[0], gs.Constant):
-        shape = onnx_io.values(node.inputs[0])
+        shape = ir.values(node.inputs[0])
         value = node.attrs.get("value")
-        fill = onnx_io.values(value).reshape(-1)[0] if value is not None else np.float32(0)
-        return FilledValues([int(n) for n in shape], fill)
+        fill = ir.values(value).reshape(-1)[0] if value is not None else np.float32(0)
+        return ir.FilledValues([int(n) for n in shape], fill)
     return None
 
 
@@ -305,7 +305,7 @@ def name_casts(graph: gs.Graph) -> gs.Graph:
             continue
         made = rebuild.add(node, [rebuild.tensor(node.inputs[0])])
         made.op = "Cast"
-        made.attrs["to"] = onnx_io.onnx_dtype(dtype)
+        made.attrs["to"] = dtypes.onnx_dtype(dtype)
     return rebuild.finish()
 
 
@@ -349,7 +349,7 @@ def remove_identities(graph: gs.Graph, *, keep: Collection[str] = ()) -> gs.Grap
             target[made] = source
     if not target:
         return graph
-    everything = onnx_io.tensors(graph)
+    everything = ir.tensors(graph)
     rebuild = Rebuild(graph)
     for old, new in renamed.items():
         rebuild.tensors[old] = gs.Variable(new, everything[old].dtype, everything[old].shape)
@@ -373,14 +373,14 @@ def _made_outside_constants(graph: gs.Graph, name: str) -> bool:
 
 def tie_leaves(graph: gs.Graph, ties: Sequence[tuple[str, str]], made: dict[str, tuple[str, bool]]) -> gs.Graph:
     """B is read as A, or as the transpose of A (two-dimensional, as a decoder's head ties to its embedding)."""
-    constants = {t.name: t for t in onnx_io.tensors(graph).values() if isinstance(t, gs.Constant)}
+    constants = {t.name: t for t in ir.tensors(graph).values() if isinstance(t, gs.Constant)}
     for a, b in ties:
         for name in (a, b):
             if name not in constants:
                 raise OptionError(f"no parameter '{name}'", where="--tie", hint="'zilc levelize' lists the parameters.")
         if a == b or b in made or a in made:
             raise OptionError(f"'{a}={b}' repeats or chains a tie", where="--tie", hint="Tie each to one common A.")
-        x, y = onnx_io.values(constants[a]), onnx_io.values(constants[b])
+        x, y = ir.values(constants[a]), ir.values(constants[b])
         if x.shape == y.shape and np.array_equal(x, y):
             made[b] = (a, False)
         elif x.ndim == 2 and x.T.shape == y.shape and np.array_equal(x.T, y):
@@ -417,8 +417,8 @@ def choose_outputs(graph: gs.Graph, wanted: Sequence[str] | None, where: str) ->
         OptionError: a name is not a floating tensor, or several outputs leave the choice open.
         ModelError: the model has no floating output.
     """
-    everything = onnx_io.tensors(graph)
-    floating = [t.name for t in graph.outputs if onnx_io.is_float(t)]
+    everything = ir.tensors(graph)
+    floating = [t.name for t in graph.outputs if dtypes.is_float(t)]
     if wanted:
         for name in wanted:
             if name not in everything:
@@ -427,7 +427,7 @@ def choose_outputs(graph: gs.Graph, wanted: Sequence[str] | None, where: str) ->
                     where="--output",
                     hint=f"Its outputs: {', '.join(t.name for t in graph.outputs)}.",
                 )
-            if not onnx_io.is_float(everything[name]):
+            if not dtypes.is_float(everything[name]):
                 raise OptionError(
                     f"'{name}' holds {_kind(everything[name])}, expected floating-point numbers", where="--output"
                 )
@@ -449,7 +449,7 @@ def choose_outputs(graph: gs.Graph, wanted: Sequence[str] | None, where: str) ->
 
 
 def _kind(tensor: gs.Tensor) -> str:
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     return dtype.name if dtype is not None else "an unknown type"
 
 

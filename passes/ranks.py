@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.graph import Rebuild
 
@@ -120,7 +120,7 @@ def _least(tensor: gs.Tensor) -> int:
         if node.op.startswith("Reduce") and 0 in places:
             listed: Any = node.attrs.get("axes")
             if listed is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
-                listed = onnx_io.values(node.inputs[1]).reshape(-1)
+                listed = ir.values(node.inputs[1]).reshape(-1)
             found = max([found, *(_reach(int(axis)) for axis in (() if listed is None else listed))])
     return found
 

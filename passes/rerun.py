@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.graph import INFERENCE, copy_node
 from zilc.passes.liveness import ALIAS, Problem
@@ -141,7 +141,7 @@ class Rewriting:
 
     def _has_elements(self, tensor: gs.Tensor) -> bool:
         dims = self.problem.dims(tensor)
-        return bool(dims) and math.prod(dims or ()) > 0 and onnx_io.np_dtype(tensor.dtype) is not None
+        return bool(dims) and math.prod(dims or ()) > 0 and dtypes.np_dtype(tensor.dtype) is not None
 
     def _same_shape(self, tensor: gs.Tensor) -> bool:
         """Whether it may be reshaped to what it is: its shape is known, and no other one in inference form."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.graph import Rebuild, copy_node, copy_tensor
 
@@ -164,12 +164,12 @@ class _Resolver:
 
     def _constant(self, tensor: Value) -> np.ndarray | None:
         if isinstance(tensor, gs.Constant):
-            return onnx_io.values(tensor)
+            return ir.values(tensor)
         node = tensor.inputs[0] if isinstance(tensor, gs.Tensor) and tensor.inputs else None
         if node is not None and node.op == "Constant":
             for key, value in node.attrs.items():
                 if key == "value":
-                    return onnx_io.values(value)
+                    return ir.values(value)
                 if key in ("value_int", "value_ints"):
                     return np.asarray(value, np.int64)
         return None

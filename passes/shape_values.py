@@ -11,7 +11,7 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from zilc import onnx_io
+from zilc import dtypes
 
 #: What exporters compute sizes and axes with.
 _ARITHMETIC = frozenset(
@@ -95,8 +95,8 @@ def _unknown(proto: onnx.ModelProto) -> set[str]:
 
 
 def _floating(kind: onnx.TypeProto) -> bool:
-    dtype = onnx_io.np_dtype(kind.tensor_type.elem_type)
-    return dtype is not None and dtype.name in onnx_io.FLOATS
+    dtype = dtypes.np_dtype(kind.tensor_type.elem_type)
+    return dtype is not None and dtype.name in dtypes.FLOATS
 
 
 def _known(kind: onnx.TypeProto) -> int:

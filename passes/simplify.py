@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 from zilc.emit import Emitter
 from zilc.graph import Users, captured, hand_over, is_forward, size
 from zilc.passes.parameters import READ_LIMIT
@@ -130,7 +130,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
             return tensor.name in finite or not tensor.name
         if tensor.name not in looked_at:
             # Larger ones are never read: they are weights.
-            looked_at[tensor.name] = size(tensor) >= READ_LIMIT or bool(np.isfinite(onnx_io.values(tensor)).all())
+            looked_at[tensor.name] = size(tensor) >= READ_LIMIT or bool(np.isfinite(ir.values(tensor)).all())
         return looked_at[tensor.name]
 
     for node in graph.nodes:
@@ -140,7 +140,7 @@ def multiply_masks(graph: gs.Graph, data: Collection[str], bounded: Collection[s
         if passed or masked or _is_cast_mask(node) or _is_inverse_deviation(node, users, known):
             finite.update(t.name for t in node.outputs if t.name)
         if masked and not is_forward(node) and _is_single(node.inputs[1]):
-            e, kind = node.inputs[1], onnx_io.onnx_dtype(onnx_io.np_dtype(node.inputs[1].dtype))
+            e, kind = node.inputs[1], dtypes.onnx_dtype(dtypes.np_dtype(node.inputs[1].dtype))
             op.graph.nodes = []
             op.forget()
             with op.in_place_of(node):
@@ -161,7 +161,7 @@ def _is_inverse_deviation(node: gs.Node, users: Users, known: Callable[[gs.Tenso
     if total is None or total.op != "Add" or total.inputs[0].inputs or not known(total.inputs[0]):
         return False
     epsilon = total.inputs[1]
-    return isinstance(epsilon, gs.Constant) and size(epsilon) == 1 and bool((onnx_io.values(epsilon) > 0).all())
+    return isinstance(epsilon, gs.Constant) and size(epsilon) == 1 and bool((ir.values(epsilon) > 0).all())
 
 
 def _is_cast_mask(node: gs.Node) -> bool:
@@ -172,7 +172,7 @@ def _is_cast_mask(node: gs.Node) -> bool:
 
 def _is_single(tensor: gs.Tensor) -> bool:
     """Whether the runtime computes with a tensor's type itself: half precisions are widened for products."""
-    kind = onnx_io.np_dtype(tensor.dtype)
+    kind = dtypes.np_dtype(tensor.dtype)
     return kind is not None and kind in (np.float32, np.float64)
 
 
@@ -210,4 +210,4 @@ def _is_less_than_itself(tensor: gs.Tensor, users: Users) -> bool:
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and size(tensor) == 1 and not onnx_io.values(tensor).any()
+    return isinstance(tensor, gs.Constant) and size(tensor) == 1 and not ir.values(tensor).any()

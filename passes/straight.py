@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.errors import ModelError, describe_vertex
 from zilc.graph import Rebuild
 
@@ -38,7 +38,7 @@ def pass_through(graph: gs.Graph, opset: int, where: str) -> tuple[gs.Graph, lis
     for node in graph.nodes:
         made = rebuild.add(node)
         if node.op == "QuantizeLinear" and any(n.op == "DequantizeLinear" for n in node.outputs[0].outputs):
-            setattr(made.outputs[0], onnx_io.STRAIGHT, True)
+            setattr(made.outputs[0], dtypes.STRAIGHT, True)
             names.append(node.name or node.outputs[0].name)
     if not names:
         raise ModelError(

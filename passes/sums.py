@@ -11,7 +11,7 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.graph import Users, hand_over, is_forward, is_standard, known_axes, size
 from zilc.lowerings import BATCH
@@ -158,7 +158,7 @@ def _kind(node: gs.Node | None, op: Emitter) -> tuple | None:
         sizes = (a[1 - left], b[1 - right])
         return ("Gemm", left, right, *sizes) if all(isinstance(n, int) for n in sizes) else None
     if node.op == "ReduceSum" and len(node.inputs) == 2 and isinstance(node.inputs[1], gs.Constant):
-        dims, axes = op.dims(node.inputs[0]), onnx_io.values(node.inputs[1]).reshape(-1).tolist()
+        dims, axes = op.dims(node.inputs[0]), ir.values(node.inputs[1]).reshape(-1).tolist()
         if dims is not None and None not in dims:
             return ("ReduceSum", node.attrs.get("keepdims", 1), tuple(axes), *dims)
     return None

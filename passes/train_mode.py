@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io, splitmix
+from zilc import dtypes, ir, splitmix
 from zilc.emit import Emitter
 from zilc.errors import ModelError, describe_vertex
 from zilc.graph import FROZEN, INFERENCE, STATISTICS, Rebuild, every_node, fresh_name
@@ -159,7 +159,7 @@ class _Turn:
                 leaves.append(leaf)
                 self._follow(leaf, statistic, axes, float(attrs["momentum"]), _output(node, k + 1))
                 maker = statistic.inputs[0]
-                facts = {"input": leaf.name, "axes": axes, "dtype": onnx_io.onnx_dtype(statistic.dtype)}
+                facts = {"input": leaf.name, "axes": axes, "dtype": dtypes.onnx_dtype(statistic.dtype)}
                 maker.metadata = {**maker.metadata, INFERENCE: json.dumps(facts)}
         self._freeze(first)
         for made in self.rebuild.nodes[first:]:
@@ -175,7 +175,7 @@ class _Turn:
         if self._owners.get(tensor.name) == (self._layers[id(node)], which):
             return tensor
         name = f"{node.outputs[0].name}.running_{('mean', 'var')[which]}"
-        values = onnx_io.copy_values(tensor._values)
+        values = ir.copy_values(tensor._values)
         made = gs.Constant(fresh_name(name, self.op.names), values, data_location=tensor.data_location)
         self.rebuild.tensors[made.name] = made
         self.state.split[made.name] = tensor.name
@@ -187,7 +187,7 @@ class _Turn:
         """running momentum + batch (1 - momentum), from where an earlier application of the layer left it."""
         op, state = self.op, self.state
         before = self.rebuild.tensors[state.carried[leaf.name]] if leaf.name in state.carried else leaf
-        dtype, kept = onnx_io.np_dtype(leaf.dtype), op.dtype(batch)
+        dtype, kept = dtypes.np_dtype(leaf.dtype), op.dtype(batch)
         assert dtype is not None
         statistic = op.Squeeze(batch, axes) if axes else batch
         moved = op.Add(op.Mul(op.cast(before, kept), momentum), op.Mul(statistic, 1.0 - momentum))
@@ -225,7 +225,7 @@ class _Turn:
             factor = op.Where(keep, self._factor(ratio, known, dtype), op.constant(np.zeros((), dtype)))
             factor.shape = list(x.shape) if x.shape is not None else None
             factor.inputs[0].metadata = {
-                **factor.inputs[0].metadata, INFERENCE: json.dumps({"value": 1, "dtype": onnx_io.onnx_dtype(dtype)})
+                **factor.inputs[0].metadata, INFERENCE: json.dumps({"value": 1, "dtype": dtypes.onnx_dtype(dtype)})
             }  # fmt: skip
         self._freeze(first)
         made = gs.Node("Mul", name=node.name, inputs=[x, factor], outputs=[self.rebuild.tensor(node.outputs[0])])
@@ -272,7 +272,7 @@ class _Turn:
         if wanted is not None:
             keep.name = wanted.name
             self.rebuild.tensors[keep.name] = keep
-            facts = {"value": 1, "dtype": onnx_io.onnx_dtype(np.dtype(bool)), "shape_of": x.name}
+            facts = {"value": 1, "dtype": dtypes.onnx_dtype(np.dtype(bool)), "shape_of": x.name}
             keep.inputs[0].metadata = {**keep.inputs[0].metadata, INFERENCE: json.dumps(facts)}
         keep.shape = list(x.shape) if x.shape is not None else None
         return keep
@@ -297,7 +297,7 @@ def _known_ratio(node: gs.Node, ratio: gs.Tensor | None, label: str) -> float | 
         return float(node.attrs.get("ratio", _RATIO))
     if not isinstance(ratio, gs.Constant):
         return None
-    known = float(np.asarray(onnx_io.values(ratio), np.float64).reshape(-1)[0])
+    known = float(np.asarray(ir.values(ratio), np.float64).reshape(-1)[0])
     if not 0.0 <= known <= 1.0:
         raise ModelError(f"ratio {known:g}, expected one from 0 to 1", where=label, hint="Mend the model's ratio.")
     return known

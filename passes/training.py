@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io, scaling
+from zilc import dtypes, ir, scaling
 from zilc.emit import Emitter
 from zilc.errors import MissingRule, describe_vertex
 from zilc.graph import FROZEN, INFERENCE, INSERTED, Dataflow, is_standard
@@ -104,7 +104,7 @@ class TrainingGraph:
         self.seed, counted = self._take_inputs()
         self._model_inputs = [t.name for t in graph.inputs]
         self._wanted_inputs = list(inputs)
-        self._tensors = onnx_io.tensors(graph)
+        self._tensors = ir.tensors(graph)
         self._finals: list[tuple[str, gs.Tensor, gs.Tensor]] = []
         self._slots: dict[str, dict[str, gs.Variable]] = {}
         self.losses: dict[str, gs.Tensor] = {}
@@ -142,7 +142,7 @@ class TrainingGraph:
     def _opened(self, name: str) -> gs.Variable:
         """An initializer as a variable."""
         tensor = self._tensors[name]
-        dtype, shape = onnx_io.np_dtype(tensor.dtype), [int(n) for n in tensor.shape]
+        dtype, shape = dtypes.np_dtype(tensor.dtype), [int(n) for n in tensor.shape]
         tensor.to_variable(dtype=dtype, shape=shape)
         tensor.type = "tensor_type"  # GraphSurgeon forgets it
         return tensor
@@ -223,7 +223,7 @@ class TrainingGraph:
                 slots[slot] = gs.Variable(name, dtype=parameter.dtype, shape=parameter.shape)
             self.graph.inputs.extend(slots.values())
             self._slots[parameter.name] = slots
-        double = all(onnx_io.np_dtype(p.dtype) == np.float64 for p in self._parameters)
+        double = all(dtypes.np_dtype(p.dtype) == np.float64 for p in self._parameters)
         self.lr = gs.Variable(self.claim("lr"), dtype=np.dtype(np.float64 if double else np.float32), shape=[])
         self.graph.inputs.append(self.lr)
 

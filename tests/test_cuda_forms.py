@@ -15,7 +15,7 @@ import pytest
 
 import zilc
 from tests.command import spawn
-from zilc import cuda_forms, models, onnx_io
+from zilc import cuda_forms, ir, models
 from zilc.emit import Emitter
 from zilc.executors import executor
 from zilc.lowerings import Lowerings
@@ -121,7 +121,7 @@ def _run(op: Emitter, made: gs.Variable, *arrays: np.ndarray) -> np.ndarray:
     op.graph.outputs = [made]
     made.dtype = made.dtype or np.dtype(np.float32)
     feeds = {given.name: array for given, array in zip(op.graph.inputs, arrays, strict=True)}
-    return executor(onnx_io.to_proto(op.graph, infer=True))(feeds)[made.name]
+    return executor(ir.to_proto(op.graph, infer=True))(feeds)[made.name]
 
 
 @pytest.mark.parametrize("keepdims", [0, 1])

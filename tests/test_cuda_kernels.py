@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 import zilc
-from zilc import models, onnx_io
+from zilc import ir, models
 from zilc.emit import Emitter
 from zilc.testing import run
 
@@ -195,7 +195,7 @@ def test_a_matrix_and_a_size_at_any_opset(shape: list[int | str], axis: int, ops
     for t, rank, kind in zip(graph.outputs, (2, 1, 0), (np.float32, np.int64, np.int64), strict=True):
         t.dtype, t.shape = kind, [None] * rank
     assert opset == 18 or not {"Flatten", "Size"} & {node.op for node in graph.nodes}
-    matrix, size, count = run(onnx_io.to_proto(graph), {"x": value}, "onnxruntime")
+    matrix, size, count = run(ir.to_proto(graph), {"x": value}, "onnxruntime")
     sides = int(np.prod(value.shape[:axis])), int(np.prod(value.shape[axis:]))
     np.testing.assert_array_equal(matrix, value.reshape(sides))
     assert size.tolist() == [value.size]

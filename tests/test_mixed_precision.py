@@ -23,7 +23,7 @@ import zilc
 from tests import twins
 from tests.command import Command
 from tests.graphs import initial
-from zilc import models, onnx_io, scaling, signature
+from zilc import ir, models, onnx_io, scaling, signature
 from zilc.emit import Emitter
 from zilc.errors import DataError, ModelError, OptionError
 from zilc.executors import executor
@@ -458,7 +458,7 @@ def test_one_entry_that_is_not_finite_is_found_in_any_gradient(values: list[floa
     arrays[where] = np.asarray(values, np.float32).reshape(shapes[where]) if shapes[where] else np.float32(values[1])
     expected = finite or (where == 1 and np.isfinite(values[1]))
     for prefer in ("onnxruntime", "reference"):
-        ran = executor(onnx_io.to_proto(graph, ir_version=10), prefer=prefer)
+        ran = executor(ir.to_proto(graph, ir_version=10), prefer=prefer)
         (found,) = ran({f"g{k}": array for k, array in enumerate(arrays)}).values()
         assert found.dtype == bool
         assert found == expected
@@ -477,7 +477,7 @@ def test_the_scale_grows_after_2000_good_steps(scale: float, good: int, followin
     for tensor in made:
         tensor.shape = []
     graph.inputs, graph.outputs = inputs, list(made)
-    ran = executor(onnx_io.to_proto(graph, ir_version=10))
+    ran = executor(ir.to_proto(graph, ir_version=10))
     feeds = {"scale": np.float32(scale), "good": np.int64(good), "finite": np.asarray(True)}
     assert [float(x) for x in ran(feeds).values()] == [following, count]
     assert [float(x) for x in ran({**feeds, "finite": np.asarray(False)}).values()] == [scale / 2, 0]

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from zilc import onnx_io, optimizers
+from zilc import ir, optimizers
 from zilc.emit import Emitter
 from zilc.executors import executor
 
@@ -70,7 +70,7 @@ def test_adam_moves_as_the_formula_says(
     dtype: type, scale: float, tolerance: float, betas: tuple[float, float]
 ) -> None:
     """Small and large gradients, and one that is always zero; the error in units of the learning rate."""
-    made_of = onnx_io.to_proto(graph_of(dtype, {"betas": betas, "eps": EPS}), infer=True)
+    made_of = ir.to_proto(graph_of(dtype, {"betas": betas, "eps": EPS}), infer=True)
     run = executor(made_of, prefer="reference")
     rng = np.random.default_rng(0)
     made = {"p": np.zeros(4, dtype), "exp_avg": np.zeros(4, dtype), "exp_avg_sq": np.zeros(4, dtype)}

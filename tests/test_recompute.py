@@ -21,7 +21,7 @@ import pytest
 import zilc
 from tests.command import SKIP, Command, write
 from tests.graphs import model as parsed
-from zilc import models, onnx_io, signature
+from zilc import ir, models, onnx_io, signature
 from zilc.errors import OptionError
 from zilc.models.network import Network
 from zilc.passes.liveness import Problem
@@ -569,7 +569,7 @@ def test_what_the_runtime_draws_and_what_subgraphs_read_stays() -> None:
         """
     )
     step = zilc.emit_training(model, memory_budget="1GiB")
-    graph = onnx_io.to_graph(step.model)
+    graph = ir.to_graph(step.model)
     problem = Problem(graph, onnx_io.shapes(step.model))
     both = zip(problem.nodes, problem.again, strict=True)
     nodes = [(node.op, may) for node, may in both if node.metadata["zilc.role"] == "forward"]

@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from zilc import onnx_io, splitmix
+from zilc import ir, splitmix
 from zilc.emit import Emitter
 from zilc.executors import executor
 
@@ -47,7 +47,7 @@ def emitted(vertex: int, *, count: int | None) -> onnx.ModelProto:
     words = splitmix.words(op, start, length)
     words.name = "words"
     graph.outputs = [words]
-    proto = onnx_io.to_proto(graph, infer=True)
+    proto = ir.to_proto(graph, infer=True)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -67,7 +67,7 @@ def test_published_values() -> None:
     words.name = "words"
     graph.outputs = [words]
     for prefer in ("onnxruntime", "reference"):
-        run = executor(onnx_io.to_proto(graph, infer=True), prefer=prefer)
+        run = executor(ir.to_proto(graph, infer=True), prefer=prefer)
         assert run({"state": np.asarray([1234567], np.uint64)})["words"].tolist() == PUBLISHED
     assert stream(1234567, 5).tolist() == PUBLISHED
 

@@ -28,7 +28,7 @@ from tests.command import Command, spawn
 from tests.exporting import Logits
 from tests.passes.test_train_mode import BOTH, both
 from tests.test_splitmix import key, stream
-from zilc import checkpoint, onnx_io, signature, splitmix
+from zilc import checkpoint, dtypes, onnx_io, signature, splitmix
 from zilc.errors import DataError
 from zilc.executors import executor
 from zilc.train import train
@@ -211,7 +211,7 @@ def test_half_precision_trains_in_every_schedule(dtype: str) -> None:
     The literal schedule runs in the reference evaluator: on its float16 graph onnxruntime 1.31.1 gives one element of
     w1's gradient another value (1.4 away), at every level of its optimizations; the cause is not known.
     """
-    half = onnx_io.np_dtype(onnx.TensorProto.DataType.Value(dtype.upper()))
+    half = dtypes.np_dtype(onnx.TensorProto.DataType.Value(dtype.upper()))
     proto, wide = both(BOTH.replace("float[", f"{dtype}["), dtype=dtype), both()
     for tensor, other in zip(proto.graph.initializer, wide.graph.initializer, strict=True):
         if tensor.name == "ratio":
@@ -224,7 +224,7 @@ def test_half_precision_trains_in_every_schedule(dtype: str) -> None:
     for how in ({}, {"schedule": "literal"}, {"algorithm": "bp"}):
         step = zilc.emit_training(proto, output="y", mode="train", **how)
         onnx.checker.check_model(step.model, full_check=True)
-        kinds = {i.name: onnx_io.np_dtype(i.type.tensor_type.elem_type) for i in step.model.graph.input}
+        kinds = {i.name: dtypes.np_dtype(i.type.tensor_type.elem_type) for i in step.model.graph.input}
         given = {name: value.astype(kinds[name]) for name, value in feeds(step, dtype="float32").items()}
         prefer = "reference" if how.get("schedule") == "literal" else "onnxruntime"
         found = executor(step.model, prefer=prefer)(given)

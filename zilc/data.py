@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
-from zilc import onnx_io
+from zilc import dtypes, onnx_io
 from zilc.errors import DataError, FileError, ModelError, OptionError
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def specs(graph: onnx.GraphProto, names: Sequence[str] | None = None) -> dict[st
     for name in [n for n in infos if n not in given] if names is None else names:
         kind = infos[name].type
         tensor = kind.tensor_type
-        dtype = onnx_io.np_dtype(tensor.elem_type) if kind.WhichOneof("value") == "tensor_type" else None
+        dtype = dtypes.np_dtype(tensor.elem_type) if kind.WhichOneof("value") == "tensor_type" else None
         if dtype is None or dtype.kind == "O":
             raise ModelError(
                 f"input '{name}' is not a tensor of numbers, which arrays cannot feed",
@@ -72,7 +72,7 @@ def fed(graph: onnx.GraphProto, signature: Mapping[str, Any]) -> dict[str, Spec]
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return dtype.name in onnx_io.FLOATS
+    return dtype.name in dtypes.FLOATS
 
 
 def convert(spec: Spec, value: Any, where: str | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from zilc import cuda_forms, onnx_io
+from zilc import cuda_forms, dtypes, ir, type_inference
 from zilc.graph import fresh_name
 from zilc.lowerings import Lowerings
 
@@ -186,7 +186,7 @@ class Emitter:
         """Take a node of the graph for one that this emitter made: asked for the same again, it gives its outputs."""
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant) and tensor.name.startswith(_CONSTANT):
-                array = onnx_io.values(tensor)
+                array = ir.values(tensor)
                 self._constants.setdefault((array.dtype.name, array.shape, array.tobytes()), tensor)
         attrs = {k: v for k, v in node.attrs.items() if v is not None}
         self._made[_key(node.op, node.domain, node.inputs, attrs, len(node.outputs))] = tuple(node.outputs)
@@ -249,11 +249,11 @@ class Emitter:
         if op_type in _BOOL_OUTPUT or (op_type == "Dropout" and index == 1):
             return np.dtype(bool)
         if op_type == "Cast":
-            return onnx_io.np_dtype(attrs["to"])
+            return dtypes.np_dtype(attrs["to"])
         if op_type in ("ConstantOfShape",):
             return attrs["value"].dtype if "value" in attrs else np.dtype(np.float32)
         if op_type == "LayerNormalization" and index > 0:
-            return onnx_io.np_dtype(attrs.get("stash_type", 1))
+            return dtypes.np_dtype(attrs.get("stash_type", 1))
         which = _DTYPE_OPERAND.get(op_type, 0)
         if which < len(inputs):
             return self.dtype(inputs[which])
@@ -261,10 +261,10 @@ class Emitter:
 
     def dtype(self, x: gs.Tensor) -> np.dtype:
         """numpy dtype of a tensor (ml_dtypes' bfloat16 included)."""
-        known = onnx_io.np_dtype(x.dtype)
+        known = dtypes.np_dtype(x.dtype)
         if known is None:
             self._infer(x)
-            known = onnx_io.np_dtype(x.dtype)
+            known = dtypes.np_dtype(x.dtype)
         if known is None:
             raise TypeError(f"dtype of tensor '{x.name}' is unknown")
         return known
@@ -292,7 +292,7 @@ class Emitter:
 
     def value(self, x: gs.Tensor | None) -> np.ndarray | None:
         """The array behind a constant, or None for a tensor known only at run time."""
-        return onnx_io.values(x) if isinstance(x, gs.Constant) else None
+        return ir.values(x) if isinstance(x, gs.Constant) else None
 
     def shape_of(self, x: gs.Tensor) -> gs.Tensor:
         """int64 shape of ``x``: a constant where it is known, a ``Shape`` node where a dimension is symbolic."""
@@ -318,7 +318,7 @@ class Emitter:
     def cast(self, x: gs.Tensor, dtype: Any) -> gs.Tensor:
         """``Cast``, or ``x`` itself if it has that dtype."""
         wanted = np.dtype(dtype)
-        return x if self.dtype(x) == wanted else self.Cast(x, to=onnx_io.onnx_dtype(wanted))
+        return x if self.dtype(x) == wanted else self.Cast(x, to=dtypes.onnx_dtype(wanted))
 
     def widened(self, x: gs.Tensor) -> gs.Tensor:
         """``x`` in float32 where it is of half precision, else ``x`` itself."""
@@ -391,7 +391,7 @@ class Emitter:
             stack.pop()
             visited.add(tensor.name)
             for output, (dtype, shape) in zip(
-                node.outputs, onnx_io.infer_types(node, self.graph.opset), strict=True
+                node.outputs, type_inference.infer_types(node, self.graph.opset), strict=True
             ):
                 if output.dtype is None:
                     output.dtype = dtype
@@ -413,7 +413,7 @@ def names_of(graph: gs.Graph) -> set[str]:
             names.add(node.name)
         names.update([t.name for t in node.inputs])
         names.update([t.name for t in node.outputs])
-        for inner in onnx_io.subgraphs(node):
+        for inner in ir.subgraphs(node):
             names |= names_of(inner)
     names.discard("")
     return names

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, onnx_io
 from zilc.errors import DataError, OptionError
 
 #: Sizes of symbolic dimensions: the leading one of an input is a batch, others stand for lengths.
@@ -45,9 +45,9 @@ def random_feeds(
                 f"input '{tensor.name}' is not a plain tensor, no values can be drawn for it", where="--inputs"
             )
         shape = [int(n) if isinstance(n, (int, np.integer)) else sizes[str(n)] for n in tensor.shape or ()]
-        dtype = onnx_io.np_dtype(tensor.dtype)
+        dtype = dtypes.np_dtype(tensor.dtype)
         assert dtype is not None
-        if onnx_io.is_float(tensor):
+        if dtypes.is_float(tensor):
             feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
         elif dtype.kind in "iu":
             bound = index_bound(tensor)
@@ -112,7 +112,7 @@ def checked_feeds(inputs: Sequence[gs.Tensor], feeds: Mapping[str, np.ndarray], 
             have = ", ".join(sorted(feeds)) or "nothing"
             raise DataError(f"no array '{tensor.name}' (it holds {have})", where=where)
         array = np.asarray(feeds[tensor.name])
-        dtype = onnx_io.np_dtype(tensor.dtype)
+        dtype = dtypes.np_dtype(tensor.dtype)
         if dtype is not None and array.dtype != dtype:
             if array.dtype.kind != dtype.kind:
                 raise DataError(f"array '{tensor.name}' is {array.dtype}, expected {dtype}", where=where)

@@ -71,7 +71,7 @@ def outputs_of(domain: str, op: str, types: list[TensorType | None], attrs: dict
 
 def add_types(model: onnx.ModelProto) -> bool:
     """State the types of what registered operators make, as far as their operands' are stated (in place)."""
-    from zilc import onnx_io
+    from zilc import dtypes, onnx_io
 
     if not any((n.domain, n.op_type) in OPERATORS for n in model.graph.node):
         return False
@@ -79,7 +79,7 @@ def add_types(model: onnx.ModelProto) -> bool:
     types: dict[str, TensorType] = {}
     for info in (*graph.input, *graph.output, *graph.value_info):
         kind = info.type.tensor_type
-        dtype = onnx_io.np_dtype(kind.elem_type) if kind.elem_type else None
+        dtype = dtypes.np_dtype(kind.elem_type) if kind.elem_type else None
         if dtype is not None:
             types[info.name] = TensorType(dtype, onnx_io.stated_shape(kind))
     for tensor in graph.initializer:
@@ -95,7 +95,7 @@ def add_types(model: onnx.ModelProto) -> bool:
             if not name or (name in types and types[name].shape is not None) or types.get(name) == kind:
                 continue
             types[name], changed = kind, True
-            stated = onnx.helper.make_tensor_value_info(name, onnx_io.onnx_dtype(kind.dtype), kind.shape)
+            stated = onnx.helper.make_tensor_value_info(name, dtypes.onnx_dtype(kind.dtype), kind.shape)
             held = next((i for i in (*graph.output, *graph.value_info) if i.name == name), None)
             if held is not None:
                 held.CopyFrom(stated)
@@ -106,11 +106,11 @@ def add_types(model: onnx.ModelProto) -> bool:
 
 def infer_types(node: gs.Node) -> list[TensorType] | None:
     """Types of what a registered operator makes in a graph under construction."""
-    from zilc import onnx_io
+    from zilc import dtypes
 
     types: list[TensorType | None] = []
     for tensor in node.inputs:
-        dtype = onnx_io.np_dtype(tensor.dtype)
+        dtype = dtypes.np_dtype(tensor.dtype)
         if tensor.name and dtype is None:
             return None
         types.append(TensorType(dtype, None if tensor.shape is None else list(tensor.shape)) if dtype else None)

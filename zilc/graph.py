@@ -16,7 +16,7 @@ import networkx as nx
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 
 #: Attribute of a gs.Node: it is an identity vertex that zilc put in (a delay or a terminal), not the model's own.
 INSERTED = "zilc_inserted"
@@ -105,7 +105,7 @@ class Dataflow:
         """The same active part of a copy of the graph, node for node."""
         place = {id(node): k for k, node in enumerate(self.graph.nodes)}
         vertices = [graph.nodes[place[id(node)]] for node in self.vertices]
-        return replace(self, graph=graph, vertices=vertices, tensors=onnx_io.tensors(graph))
+        return replace(self, graph=graph, vertices=vertices, tensors=ir.tensors(graph))
 
     def upstream_of(self, wanted: Iterable[str]) -> set[int]:
         """Vertices that lie on a path from one of the ``wanted`` leaves."""
@@ -136,14 +136,14 @@ def known_axes(axes: gs.Tensor, rank: int) -> list[int] | None:
     """The axes that a tensor holds, counted from the front; None where they are known at run time only."""
     if not isinstance(axes, gs.Constant):
         return None
-    return [int(axis) % rank for axis in onnx_io.values(axes).reshape(-1)]
+    return [int(axis) % rank for axis in ir.values(axes).reshape(-1)]
 
 
 def captured(node: gs.Node) -> list[gs.Tensor]:
     """Outer tensors that the subgraphs of a control-flow node read, constants among them."""
     found: dict[str, gs.Tensor] = {}
-    for inner in onnx_io.subgraphs(node):
-        for tensor in onnx_io.foreign(inner):
+    for inner in ir.subgraphs(node):
+        for tensor in ir.foreign(inner):
             found.setdefault(tensor.name, tensor)
     return list(found.values())
 
@@ -152,7 +152,7 @@ def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
     """The nodes of a graph, and of its subgraphs."""
     for node in graph.nodes:
         yield node
-        for inner in onnx_io.subgraphs(node):
+        for inner in ir.subgraphs(node):
             yield from every_node(inner)
 
 
@@ -178,7 +178,7 @@ def copy_subgraph(inner: gs.Graph, outer: Mapping[str, gs.Tensor]) -> gs.Graph:
         made = copy_node(node, [tensor(t) for t in node.inputs], [tensor(t) for t in node.outputs])
         for key, value in node.attrs.items():
             if isinstance(value, gs.Graph):
-                made.attrs[key] = copy_subgraph(value, {t.name: tensor(t) for t in onnx_io.foreign(value)})
+                made.attrs[key] = copy_subgraph(value, {t.name: tensor(t) for t in ir.foreign(value)})
         nodes.append(made)
     return gs.Graph(
         nodes, [tensor(t) for t in inner.inputs], [tensor(t) for t in inner.outputs],
@@ -194,9 +194,9 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
         outputs: names of floating tensors.
         differentiable: asked once for each node: whether a derivative flows from it to one of its operands.
     """
-    tensors = onnx_io.tensors(graph)
-    leaves = {t.name for t in graph.inputs if onnx_io.is_float(t)}
-    leaves.update(t.name for t in tensors.values() if isinstance(t, gs.Constant) and onnx_io.is_float(t))
+    tensors = ir.tensors(graph)
+    leaves = {t.name for t in graph.inputs if dtypes.is_float(t)}
+    leaves.update(t.name for t in tensors.values() if isinstance(t, gs.Constant) and dtypes.is_float(t))
     input_names = [t.name for t in graph.inputs]
 
     # Forwards: what depends differentiably on a leaf.
@@ -211,17 +211,17 @@ def active_part(graph: gs.Graph, outputs: Sequence[str], differentiable: Differe
         if candidates:
             flows = differentiable(node)
             found = [(k, name) for k, name in candidates if flows(k)]
-        if onnx_io.subgraphs(node):
+        if ir.subgraphs(node):
             # Captured values are operands too; no rule names them by position, so they follow the listed ones.
             base = len(node.inputs)
             found += [
                 (base + k, t.name)
                 for k, t in enumerate(captured(node))
-                if t.name in depends and onnx_io.may_hold_floats(t)
+                if t.name in depends and dtypes.may_hold_floats(t)
             ]
         operands.append(found)
         if found:
-            depends.update(t.name for t in node.outputs if t.name and onnx_io.may_hold_floats(t))
+            depends.update(t.name for t in node.outputs if t.name and dtypes.may_hold_floats(t))
 
     # Backwards: what a trained output depends on.
     wanted = set(outputs) & depends
@@ -297,7 +297,7 @@ def copy_tensor(tensor: gs.Tensor, name: str | None = None) -> gs.Tensor:
     if isinstance(tensor, gs.Constant):
         return gs.Constant(name or tensor.name, tensor._values, data_location=tensor.data_location)
     made = gs.Variable(name or tensor.name, tensor.dtype, tensor.shape, getattr(tensor, "type", "tensor_type"))
-    onnx_io.carry_straight(tensor, made)
+    dtypes.carry_straight(tensor, made)
     return made
 
 
@@ -336,7 +336,7 @@ class Rebuild:
         )
         for key, inner in node.attrs.items():
             if isinstance(inner, gs.Graph):
-                outer = {t.name: self.tensor(t) for t in onnx_io.foreign(inner)}
+                outer = {t.name: self.tensor(t) for t in ir.foreign(inner)}
                 made.attrs[key] = copy_subgraph(inner, {**outer, **(moved or {})})
         self.nodes.append(made)
         return made
@@ -384,7 +384,7 @@ class Users:
         self.maker: dict[str, gs.Node] = {}
         self._readers: dict[str, list[gs.Node | None]] = {}
         for node in graph.nodes:
-            read = [*node.inputs, *captured(node)] if onnx_io.subgraphs(node) else node.inputs
+            read = [*node.inputs, *captured(node)] if ir.subgraphs(node) else node.inputs
             for tensor in read:
                 self._readers.setdefault(tensor.name, []).append(node)
             for tensor in node.outputs:

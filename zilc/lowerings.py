@@ -317,7 +317,7 @@ def _runner(
     providers: Providers,
 ) -> Callable[[], Any]:
     """A candidate as a graph of its own, ready to run on what lies on the device; on CUDA replayed, as in training."""
-    from zilc import onnx_io
+    from zilc import ir
     from zilc.emit import Emitter as Fresh
     from zilc.providers import CUDA, import_onnxruntime, provider_names
     from zilc.session import Buffer, make_session, recording_session
@@ -332,7 +332,7 @@ def _runner(
     result = gs.Variable("result", dtype=own.dtype(made) if made.dtype is not None else None)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[result]))
     graph.outputs = [result]
-    model = onnx_io.to_proto(graph, infer=True)
+    model = ir.to_proto(graph, infer=True)
     on_cuda = CUDA in provider_names(providers)
     session = recording_session(model, providers) if on_cuda else None
     session = session or make_session(model, providers, spinning=False)  # candidates run in turns

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.graph import INSERTED, Dataflow
 from zilc.passes.levels import Levels, find_levels
 
@@ -361,13 +361,13 @@ def _no_longer(cuts: Sequence[tuple[int, int]], width: int) -> list[tuple[int, i
 def _shape(tensor: gs.Tensor) -> str:
     from zilc.show import shape
 
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     return f"{dtype.name if dtype is not None else ''}{shape(tensor.shape)}"
 
 
 def _bytes(tensor: gs.Tensor) -> int | str:
     """Bytes of a tensor; with symbolic dimensions as a product."""
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     size = dtype.itemsize if dtype is not None else 4
     if tensor.shape is None:
         return "?"

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import zilc.vjp  # noqa: F401  (fills the table)
-from zilc import collector, cuda_forms, onnx_io, optimizers, scaling
+from zilc import collector, cuda_forms, dtypes, ir, onnx_io, optimizers, scaling
 from zilc import signature as signatures
 from zilc.analysis import Names, Structure, name_list, placed, structure
 from zilc.errors import EnsuresError, ModelError, OptionError
@@ -566,7 +566,7 @@ def _state(
     loaders: dict[str, Callable[[], np.ndarray]] = {}
     for name in chosen.parameters:
         tensor = found.flow.tensors[name]
-        held, shape, dtype = tensor._values, tuple(int(n) for n in tensor.shape), onnx_io.np_dtype(tensor.dtype)
+        held, shape, dtype = tensor._values, tuple(int(n) for n in tensor.shape), dtypes.np_dtype(tensor.dtype)
         loaders[name] = _loader(held)
         for slot in optimizer.slots if optimizer else ():
             loaders[f"{name}\0{slot}"] = _zeros(shape, dtype)
@@ -580,7 +580,7 @@ def _state(
 
 
 def _loader(held: Any) -> Callable[[], np.ndarray]:
-    return lambda: onnx_io.load_values(held)
+    return lambda: ir.load_values(held)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Callable[[], np.ndarray]:
@@ -656,7 +656,7 @@ def _finish(graph: gs.Graph, prepared: Prepared) -> onnx.ModelProto:
     source = prepared.source.proto
     graph.producer_name, graph.producer_version = "zilc", version()
     newest = min(max(source.ir_version, 10), onnx_io.MAX_IR_VERSION)
-    proto = onnx_io.to_proto(graph, ir_version=newest, infer=True)
+    proto = ir.to_proto(graph, ir_version=newest, infer=True)
     try:
         onnx_io.check_full(proto)
     except Exception as error:

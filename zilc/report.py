@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir, onnx_io
 from zilc.analysis import Structure, placed
 from zilc.graph import PRECISION
 from zilc.passes import identities
@@ -146,7 +146,7 @@ def _draws(node: gs.Node) -> bool:
     """A Dropout whose training_mode is on, or decided at run time."""
     if len(node.inputs) < 3 or not node.inputs[2].name:
         return False
-    return not isinstance(node.inputs[2], gs.Constant) or bool(np.any(onnx_io.values(node.inputs[2])))
+    return not isinstance(node.inputs[2], gs.Constant) or bool(np.any(ir.values(node.inputs[2])))
 
 
 def _training_form(mode: TrainMode) -> list[str]:
@@ -196,7 +196,7 @@ def _looks_tied(found: Structure, chosen: Selection) -> list[str]:
     for name in chosen.parameters:
         tensor = everything[name]
         shape = tuple(int(n) for n in tensor.shape)
-        if len(shape) < 2 or isinstance(tensor._values, onnx_io.FilledValues):
+        if len(shape) < 2 or isinstance(tensor._values, ir.FilledValues):
             continue
         # A matrix and its transpose land in the same drawer.
         by_shape.setdefault((str(tensor.dtype), tuple(sorted(shape))), []).append(name)
@@ -206,7 +206,7 @@ def _looks_tied(found: Structure, chosen: Selection) -> list[str]:
             continue
         samples: dict[bytes, str] = {}
         for name in drawer:
-            array = onnx_io.read_here_and_there(onnx_io.values(everything[name]))
+            array = onnx_io.read_here_and_there(ir.values(everything[name]))
             for transposed in (False, True) if array.ndim == 2 else (False,):
                 view = array.T if transposed else array
                 rows = np.linspace(0, view.shape[0] - 1, 8).astype(int)

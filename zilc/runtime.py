@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from zilc import checkpoint, onnx_io
+from zilc import checkpoint, dtypes, onnx_io
 from zilc import signature as signatures
 from zilc.bindings import Bindings, Placed, RecordingFailed
 from zilc.data import (
@@ -203,7 +203,7 @@ class Trainer:
         self._sides: list[dict[str, Buffer]] = [first, second]
         self._side = 0
         made = {t.name: t for t in self._model.graph.output}
-        loss = onnx_io.np_dtype(made[self.signature["loss"]].type.tensor_type.elem_type)
+        loss = dtypes.np_dtype(made[self.signature["loss"]].type.tensor_type.elem_type)
         self._loss = Buffer((), np.dtype(loss), self._device)
         self._scalars = {
             name: Buffer((), self._specs([name])[name].dtype, self._device)

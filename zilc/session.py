@@ -15,7 +15,7 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from zilc import onnx_io
+from zilc import dtypes, onnx_io
 from zilc.errors import DataError, ModelError
 from zilc.graph import INFERENCE
 from zilc.in_place import CUDA_OVER, in_place, operands
@@ -206,7 +206,7 @@ class Buffer:
             if dtype.isbuiltin == 1:
                 self.value = ort.OrtValue.ortvalue_from_numpy(self.array, "cpu")
             else:  # bfloat16: numpy knows it by way of ml_dtypes only
-                kind = onnx_io.onnx_dtype(dtype)
+                kind = dtypes.onnx_dtype(dtype)
                 self.value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(self.array, kind)
         elif dtype.isbuiltin != 1:
             raise ModelError(

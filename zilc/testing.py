@@ -11,7 +11,7 @@ import onnx.helper
 import onnx.reference
 import onnx_graphsurgeon as gs
 
-from zilc import foreign, onnx_io
+from zilc import dtypes, foreign, ir, onnx_io
 from zilc.emit import Emitter
 from zilc.lowerings import Lowerings
 from zilc.vjp import inner, table
@@ -90,7 +90,7 @@ def vjp_model(
 
     The result takes cotangents ``g0``, ``g1`` … (one a floating output) and gives ``d0``, ``d2`` … (one an operand).
     """
-    graph = onnx_io.to_graph(model)
+    graph = ir.to_graph(model)
     graph.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     op = Emitter(graph, lowerings=Lowerings(target))
     node = graph.nodes[0]
@@ -99,7 +99,7 @@ def vjp_model(
     table.ensure_outputs(op, node, rule)
     cotangents: list[gs.Tensor | None] = []
     for k, y in enumerate(list(graph.outputs)):
-        if onnx_io.is_float(y):
+        if dtypes.is_float(y):
             g = gs.Variable(f"g{k}", dtype=y.dtype, shape=y.shape)
             graph.inputs.append(g)
             cotangents.append(g)
@@ -121,7 +121,7 @@ def vjp_model(
         out = gs.Variable(f"d{index}", dtype=x.dtype, shape=x.shape)
         graph.nodes.append(gs.Node("Identity", name=f"d{index}", inputs=[d], outputs=[out]))
         graph.outputs.append(out)
-    made = onnx_io.to_proto(graph, infer=True)
+    made = ir.to_proto(graph, infer=True)
     onnx_io.check_full(made)
     return made
 

@@ -12,7 +12,7 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from zilc import onnx_io
+from zilc import dtypes, onnx_io
 from zilc.errors import DataError, FileError, ModelError
 from zilc.onnx_io import Source
 from zilc.passes.prepare import inline_functions
@@ -118,7 +118,7 @@ def _running(graph: onnx.GraphProto, name: str) -> tuple[onnx.NodeProto, int] | 
 
 def _add_running(model: onnx.ModelProto, node: onnx.NodeProto, index: int, name: str, value: np.ndarray) -> None:
     """An initializer of its own for what the file had in a tensor that others read too."""
-    kind = onnx_io.onnx_dtype(value.dtype)
+    kind = dtypes.onnx_dtype(value.dtype)
     node.input[index] = name
     made = model.graph.initializer.add(name=name, data_type=kind, dims=value.shape)
     made.raw_data = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from zilc import onnx_io
+from zilc import ir, onnx_io
 from zilc.analysis import Names, Structure, name_list, structure
 from zilc.errors import DataError, OptionError, ZilcError
 from zilc.executors import Executor, executor
@@ -298,14 +298,14 @@ class Forward:
         self.step = step
         everything = found.flow.tensors
         leaves = [p["name"] for p in step.signature["parameters"]]
-        self.values = {n: np.asarray(onnx_io.values(everything[n]), np.float64) for n in leaves}
+        self.values = {n: np.asarray(ir.values(everything[n]), np.float64) for n in leaves}
         #: A tied tensor follows its leaf.
         self.followers = {b: tie for b, tie in found.prepared.ties.items() if tie[0] in self.values}
         proto = found.prepared.source.proto
         if found.mode and found.mode.turned:
             # In training form, where ties are made already.  What the compiler emits for BatchNormalization has no
             # part in it: its training form stays one operator here.
-            proto, self.followers = _whole_batch_normalization(onnx_io.to_proto(found.graph)), {}
+            proto, self.followers = _whole_batch_normalization(ir.to_proto(found.graph)), {}
         self.executor = executor(opened(proto, self.fed({}), self.outputs_wanted))
 
     def fed(self, moved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

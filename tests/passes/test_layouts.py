@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import zilc
 from tests.graphs import model
-from zilc import models, onnx_io
+from zilc import ir, models, onnx_io
 from zilc.executors import executor
 from zilc.graph import INFERENCE, SPATIAL_FIRST
 from zilc.passes import layouts
@@ -45,7 +45,7 @@ def _graph(body: str, outputs: str = "float[4,5,2,3] y") -> gs.Graph:
 
 def _marked(proto: onnx.ModelProto) -> gs.Graph:
     """With the Transposes marked whose names say that they may be moved."""
-    graph = onnx_io.to_graph(onnx.shape_inference.infer_shapes(proto))
+    graph = ir.to_graph(onnx.shape_inference.infer_shapes(proto))
     for node in graph.nodes:
         if node.name.startswith(("into", "out_of")):
             setattr(node, SPATIAL_FIRST, node.name.startswith("into"))
@@ -55,14 +55,14 @@ def _marked(proto: onnx.ModelProto) -> gs.Graph:
 def _run(graph: gs.Graph) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     feeds = {t.name: rng.standard_normal([int(n) for n in t.shape], np.float32) for t in graph.inputs}
-    proto = onnx_io.to_proto(graph, infer=True)
+    proto = ir.to_proto(graph, infer=True)
     onnx_io.check_full(proto)
     return executor(proto)(feeds)
 
 
 def _transposed(graph: gs.Graph) -> float:
     """Elements that are transposed."""
-    shapes = onnx_io.shapes(onnx_io.to_proto(graph, infer=True))
+    shapes = onnx_io.shapes(ir.to_proto(graph, infer=True))
     return float(sum(np.prod(shapes[n.outputs[0].name]) for n in graph.nodes if n.op == "Transpose"))
 
 
@@ -242,7 +242,7 @@ def test_what_is_one_number_in_inference_form_is_not_put_in_order() -> None:
     layouts.settle_layouts(graph)
     np.testing.assert_allclose(_run(graph)["y"], expected["y"], rtol=1e-6)
     rng = np.random.default_rng(1)
-    evaluated = inference_form(onnx_io.to_proto(graph, infer=True))
+    evaluated = inference_form(ir.to_proto(graph, infer=True))
     feeds = {t.name: rng.standard_normal([int(n) for n in t.shape], np.float32) for t in graph.inputs}
     u = feeds["x"].cumsum(2)
     np.testing.assert_allclose(

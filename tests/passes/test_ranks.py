@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 import zilc
-from zilc import onnx_io
+from zilc import ir, onnx_io
 from zilc.passes.inline import iterations_read
 from zilc.passes.prepare import lift_constants, prepare
 from zilc.testing import run
@@ -67,7 +67,7 @@ _GROWING = """g (float[2] x, int64 trips, bool go) => (float[2] y)
 def test_an_element_says_how_far_a_loop_has_come(position: int, expected: int | None) -> None:
     """Elements that every iteration appends do not depend on how many more follow."""
     model = _model(_GROWING.format(wrapped="", carried="s", place="", position=position))
-    graph = lift_constants(onnx_io.to_graph(model))
+    graph = lift_constants(ir.to_graph(model))
     loop = next(n for n in graph.nodes if n.op == "Loop")
     assert iterations_read(loop) == expected
     if expected is None:
@@ -82,5 +82,5 @@ def test_an_element_says_how_far_a_loop_has_come(position: int, expected: int | 
 
 def test_an_element_put_in_front_moves_the_others() -> None:
     text = _GROWING.format(wrapped="zero = Constant<value_int = 0>()", carried="s", place=", zero", position=1)
-    graph = lift_constants(onnx_io.to_graph(_model(text)))
+    graph = lift_constants(ir.to_graph(_model(text)))
     assert iterations_read(next(n for n in graph.nodes if n.op == "Loop")) is None

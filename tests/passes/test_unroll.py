@@ -14,7 +14,7 @@ import torch
 import zilc
 from tests import twins
 from tests.recurrent import CASES, GATES, Recurrent
-from zilc import models, onnx_io
+from zilc import ir, models, onnx_io
 from zilc.executors import executor
 from zilc.passes import unroll
 from zilc.passes.prepare import prepare
@@ -24,7 +24,7 @@ from zilc.reference import evaluator
 def unrolled(model: onnx.ModelProto) -> onnx.ModelProto:
     """The prepared model; no recurrent operator is left."""
     prepared = prepare(onnx_io.load(model))
-    made = onnx_io.to_proto(prepared.graph, ir_version=10, infer=True)
+    made = ir.to_proto(prepared.graph, ir_version=10, infer=True)
     onnx_io.check_full(made)
     assert not {n.op_type for n in made.graph.node} & set(GATES)
     return made

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from tests.vjp.cases import Case, both, check, label
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.testing import op_model, vjp_model
 from zilc.vjp import composite, table
@@ -67,7 +67,7 @@ def test_derived_rule(case: Case, symbolic: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def _node(op_type: str, opset: int, *operands: np.ndarray, **attrs: object) -> tuple[gs.Node, int]:
-    graph = onnx_io.to_graph(op_model(op_type, operands, attrs, opset=opset))
+    graph = ir.to_graph(op_model(op_type, operands, attrs, opset=opset))
     return graph.nodes[0], opset
 
 
@@ -95,7 +95,7 @@ def test_a_missing_rule_inside_the_body_is_no_rule(monkeypatch: pytest.MonkeyPat
 
 def test_operands_without_a_float_path_get_no_gradient() -> None:
     model = op_model("CenterCropPad", [_X, i(2, 7)], opset=18, constant=[1])
-    rule = composite.derive(onnx_io.to_graph(model).nodes[0], 18)
+    rule = composite.derive(ir.to_graph(model).nodes[0], 18)
     assert rule is not None
     assert [rule.formula(k) is not None for k in range(2)] == [True, False]
 

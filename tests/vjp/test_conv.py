@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.vjp.cases import Case, both, check, label
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.testing import check_vjp, op_model, run, vjp_model
 from zilc.vjp import conv, conv_lowerings
@@ -155,7 +155,7 @@ def _lower(
     out = gs.Variable("out", dtype)
     graph.nodes.append(gs.Node("Identity", inputs=[made], outputs=[out]))
     graph.outputs = [out]
-    model = onnx_io.to_proto(graph, infer=True)
+    model = ir.to_proto(graph, infer=True)
     feeds = {"x": x, "w": w, "g": g}
     feeds = {i.name: feeds[i.name] for i in model.graph.input}
     return run(model, feeds, "reference" if dtype == np.float64 else "onnxruntime")[0]

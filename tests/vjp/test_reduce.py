@@ -10,7 +10,7 @@ import pytest
 
 from tests.vjp.cases import Case, both, check, label
 from tests.vjp.single import case_id, check_float32, cotangents_of
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.testing import run
 from zilc.vjp import table
@@ -211,7 +211,7 @@ def _attention_tail(guarded: bool) -> onnx.ModelProto:
         [onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero")],
     )  # fmt: skip
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
-    built = onnx_io.to_graph(onnx.shape_inference.infer_shapes(model))
+    built = ir.to_graph(onnx.shape_inference.infer_shapes(model))
     op = Emitter(built)
     g = gs.Variable("g", dtype=np.float32, shape=[2, 3])
     built.inputs.append(g)
@@ -222,7 +222,7 @@ def _attention_tail(guarded: bool) -> onnx.ModelProto:
     d = table.vjp(op, next(n for n in built.nodes if n.op == "Softmax"), 0, [d])
     d.shape = [2, 3]
     built.outputs = [d]
-    return onnx_io.to_proto(built)
+    return ir.to_proto(built)
 
 
 def test_a_fully_masked_row_gets_zero_where_the_model_guards_it() -> None:

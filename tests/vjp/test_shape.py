@@ -9,7 +9,7 @@ import pytest
 
 from tests.vjp.cases import Case, both, check, label
 from tests.vjp.single import check_float32
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.testing import op_model, run, vjp_model
 from zilc.vjp import table
@@ -289,6 +289,6 @@ def test_missing_cotangents_of_a_split_are_zeros() -> None:
     d.dtype, d.shape = np.float32, [2, 5]
     graph.outputs = [d]
     value = r(2, 3).astype(np.float32)
-    got = run(onnx_io.to_proto(graph), {"g": value})[0]
+    got = run(ir.to_proto(graph), {"g": value})[0]
     np.testing.assert_array_equal(got, np.concatenate([np.zeros((2, 2), np.float32), value], axis=1))
     assert table.vjp(op, node, 0, [None, None]) is None

@@ -10,7 +10,7 @@ import pytest
 
 from tests.vjp.cases import Case
 from tests.vjp.test_conv import BOTH_DTYPES, _conv, _lower, _r, _same, _truth
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.executors import executor
 from zilc.lowerings import Lowerings
@@ -217,7 +217,7 @@ def test_what_is_measured_among_others_is_the_form_itself() -> None:
         graph.inputs, graph.outputs = inputs, [gs.Variable("y", np.dtype(np.float32))]
         graph.nodes.append(gs.Node("Identity", inputs=[result], outputs=graph.outputs))
         moved = x.transpose(2, 3, 0, 1).reshape(x.shape) if timed else x
-        found = executor(onnx_io.to_proto(graph, infer=True))({"x": np.ascontiguousarray(moved), "w": w})["y"]
+        found = executor(ir.to_proto(graph, infer=True))({"x": np.ascontiguousarray(moved), "w": w})["y"]
         made.append(found if timed else found.transpose(2, 3, 0, 1))
     np.testing.assert_allclose(made[1], made[0], rtol=1e-6, atol=1e-6)
 

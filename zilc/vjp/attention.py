@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.vjp.indexing import scatter_add
 from zilc.vjp.shape import known, rank_of, reshape_like, swap_last
@@ -169,7 +169,7 @@ def _attend(op: Emitter, operands: tuple[Any, ...], attrs: dict[str, Any]) -> _A
         logits = op.Where(allowed, logits, op.constant(np.asarray(_lowest(dtype), dtype)))
     precision = attrs["softmax_precision"]
     if precision:
-        logits = op.cast(logits, onnx_io.np_dtype(precision))
+        logits = op.cast(logits, dtypes.np_dtype(precision))
     a.p = op.cast(op.Softmax(logits, axis=-1), dtype)
     if not certain:
         a.p = op.Where(allowed, a.p, op.scalar_like(0, a.p))

@@ -18,7 +18,7 @@ import onnx.helper
 import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes, ir
 from zilc.emit import Emitter
 from zilc.vjp import table
 from zilc.vjp.table import Rule
@@ -52,7 +52,7 @@ def _has_body(op_type: str, opset: int) -> bool:
 
 
 def _type(tensor: gs.Tensor) -> OperandType:
-    dtype = onnx_io.np_dtype(tensor.dtype)
+    dtype = dtypes.np_dtype(tensor.dtype)
     if not tensor.name or dtype is None:
         return None
     return dtype.name, None if tensor.shape is None else tuple(tensor.shape)
@@ -64,11 +64,11 @@ def _attributes(node: gs.Node, opset: int) -> bytes:
     for name, value in sorted(table.attributes(node, opset).items()):
         if value is None:
             continue
-        if isinstance(value, onnx_io.EmptyList):
+        if isinstance(value, ir.EmptyList):
             proto.attribute.append(onnx.AttributeProto(name=name, type=value.onnx_type))  # type: ignore[arg-type]
             continue
         if isinstance(value, gs.Constant):
-            value = onnx.numpy_helper.from_array(onnx_io.values(value))
+            value = onnx.numpy_helper.from_array(ir.values(value))
         elif isinstance(value, np.ndarray):
             value = onnx.numpy_helper.from_array(value)
         proto.attribute.append(onnx.helper.make_attribute(name, value))
@@ -154,7 +154,7 @@ def _context_body(schema: Any, opset: int, call: onnx.NodeProto, types: Sequence
         else:
             shape = None if t[1] is None else list(t[1])
             kinds.append(
-                onnx.helper.make_tensor_type_proto(onnx_io.onnx_dtype(_numpy(t[0])), shape).SerializeToString()
+                onnx.helper.make_tensor_type_proto(dtypes.onnx_dtype(_numpy(t[0])), shape).SerializeToString()
             )
     try:
         return schema.get_context_dependent_function_with_opset_version(max(versions), call.SerializeToString(), kinds)
@@ -232,13 +232,13 @@ def _instantiate(op: Emitter, body: _Body, operands: Sequence[gs.Tensor | None])
 
 
 def _emittable(attrs: dict[str, Any]) -> dict[str, Any]:
-    return {k: onnx_io.values(v) if isinstance(v, gs.Constant) else v for k, v in attrs.items()}
+    return {k: ir.values(v) if isinstance(v, gs.Constant) else v for k, v in attrs.items()}
 
 
 def _constant(attrs: dict[str, Any]) -> np.ndarray:
     name, value = next(iter(attrs.items()))
     if name == "value":
-        return onnx_io.values(value)
+        return ir.values(value)
     return np.asarray(value, np.float32 if "float" in name else np.int64)
 
 
@@ -253,7 +253,7 @@ def _paths(op: Emitter, body: _Body, made: _Made, start: set[str]) -> tuple[set[
             complete = False
         for name in node.outputs:
             value = made.values.get(name)
-            if value is not None and np.dtype(op.dtype(value)).name in onnx_io.FLOATS:
+            if value is not None and np.dtype(op.dtype(value)).name in dtypes.FLOATS:
                 found.add(name)
     return found, complete
 
@@ -261,7 +261,7 @@ def _paths(op: Emitter, body: _Body, made: _Made, start: set[str]) -> tuple[set[
 def _passes(op: Emitter, node: _Node, emitted: gs.Node | None, made: _Made, k: int) -> bool:
     if emitted is None or node.op == "CastLike":
         value = made.values[node.inputs[0]]
-        return k == 0 and value is not None and np.dtype(op.dtype(value)).name in onnx_io.FLOATS
+        return k == 0 and value is not None and np.dtype(op.dtype(value)).name in dtypes.FLOATS
     for output in emitted.outputs:
         op.dtype(output)
     op.dtype(emitted.inputs[k])
@@ -280,7 +280,7 @@ def _differentiable_operands(body: _Body, opset: int, types: Sequence[OperandTyp
     reached = set()
     for k, name in enumerate(body.inputs[: len(types)]):
         value = operands[k]
-        if value is None or np.dtype(value.dtype).name not in onnx_io.FLOATS:
+        if value is None or np.dtype(value.dtype).name not in dtypes.FLOATS:
             continue
         found, complete = _paths(op, body, made, {name})
         if any(out in found for out in body.outputs):

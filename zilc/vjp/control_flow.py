@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.graph import captured
 from zilc.vjp import table
@@ -29,11 +29,11 @@ def without_rule(node: gs.Node, opset: int, live: Collection[str]) -> Iterator[g
     for inner in node.subgraphs():
         carrying = set(live)
         if any(name in live for name in given):
-            carrying.update(t.name for t in inner.inputs if onnx_io.is_float(t))
+            carrying.update(t.name for t in inner.inputs if dtypes.is_float(t))
         for each in inner.nodes:
             if not any(t.name in carrying and passes(each, k, opset) for k, t in enumerate(operands(each))):
                 continue
-            carrying.update(t.name for t in each.outputs if t.name and onnx_io.may_hold_floats(t))
+            carrying.update(t.name for t in each.outputs if t.name and dtypes.may_hold_floats(t))
             rule = table.lookup(each, opset)
             if rule is None:
                 yield each
@@ -45,7 +45,7 @@ def _seeds(op: Emitter, outputs: Sequence[gs.Tensor], cotangents: Sequence[gs.Te
     """Cotangents by tensor; one that is several outputs gets their sum."""
     seeds: dict[str, gs.Tensor] = {}
     for tensor, g in zip(outputs, cotangents, strict=False):
-        if g is not None and onnx_io.is_float(tensor):
+        if g is not None and dtypes.is_float(tensor):
             seeds[tensor.name] = op.Add(seeds[tensor.name], g) if tensor.name in seeds else g
     return seeds
 
@@ -56,7 +56,7 @@ def _wanted(node: gs.Node) -> list[tuple[int, gs.Variable]]:
     return [
         (base + k, t)
         for k, t in enumerate(captured(node))
-        if isinstance(t, gs.Variable) and onnx_io.is_float(t)
+        if isinstance(t, gs.Variable) and dtypes.is_float(t)
     ]
 
 
@@ -157,7 +157,7 @@ def _backwards(op: Emitter, node: gs.Node, cotangents: Cotangents, made: _Iterat
     states: list[tuple[int, gs.Variable, gs.Tensor]] = []  # operand, cotangent inside, and the one to start from
     for into, operand, out, result in made.states:
         initial = node.inputs[operand]
-        if not onnx_io.is_float(initial):
+        if not dtypes.is_float(initial):
             continue
         shape = op.dims(initial)
         held = gs.Variable(inner.fresh(f"{op.prefix}/{made.body.inputs[into].name}.error"), op.dtype(initial), shape)
@@ -172,7 +172,7 @@ def _backwards(op: Emitter, node: gs.Node, cotangents: Cotangents, made: _Iterat
 
     outer = _wanted(node)
     slices = [(operand, elements[made.body.inputs[place].name], entry) for place, operand, entry in made.inputs]
-    names = {t.name for _, t, _ in slices if onnx_io.is_float(t)} | {t.name for _, t in outer}
+    names = {t.name for _, t, _ in slices if dtypes.is_float(t)} | {t.name for _, t in outer}
     found = reverse(inner, nodes, _seeds(inner, outputs, pulls), names)
 
     carried, results, starts = [h for _, h, _ in states], [], [s for _, _, s in states]

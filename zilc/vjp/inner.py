@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.graph import captured, copy_node
 from zilc.vjp import table
@@ -145,7 +145,7 @@ def passes(node: gs.Node, operand: int, opset: int) -> bool:
     """Whether a derivative can flow to an operand, captured ones included."""
     if operand < len(node.inputs):
         return table.is_differentiable_operand(node, operand, opset)
-    return onnx_io.is_float(operands(node)[operand])
+    return dtypes.is_float(operands(node)[operand])
 
 
 def reverse(
@@ -170,7 +170,7 @@ def reverse(
                 op.dtype(tensor)
         edges = [(k, t.name) for k, t in enumerate(given) if t.name in carrying and passes(node, k, op.graph.opset)]
         if edges:
-            carrying.update(t.name for t in node.outputs if t.name and onnx_io.is_float(t))
+            carrying.update(t.name for t in node.outputs if t.name and dtypes.is_float(t))
             paths.append((node, edges))
     needed = set(found)
     for node, edges in reversed(paths):

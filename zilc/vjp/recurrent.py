@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import ir
 from zilc.emit import Emitter
 from zilc.graph import is_standard
 
@@ -317,15 +317,15 @@ def is_zero(tensor: gs.Tensor | None) -> bool:
     while tensor is not None and tensor.name:
         if isinstance(tensor, gs.Constant):
             held = tensor._values
-            if isinstance(held, onnx_io.FilledValues):
+            if isinstance(held, ir.FilledValues):
                 return bool(held.value == 0)
-            return held.nbytes < 1 << 20 and not onnx_io.values(tensor).any()
+            return held.nbytes < 1 << 20 and not ir.values(tensor).any()
         node = tensor.inputs[0] if tensor.inputs else None
         if node is None or not is_standard(node):
             return False
         if node.op == "ConstantOfShape":
             value = node.attrs.get("value")
-            return value is None or not onnx_io.values(value).any()
+            return value is None or not ir.values(value).any()
         if node.op not in _MOVES:
             return False
         tensor = node.inputs[0]

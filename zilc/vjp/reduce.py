@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.vjp.table import defvjp, no_gradient
 
@@ -111,7 +111,7 @@ def _reduce_log_sum_exp(
     op: Emitter, g: Any, y: Callable[[], Any], x: Any, axes: Any, again: dict[str, int]
 ) -> gs.Tensor:
     """softmax(x) g.  Where all of x is -inf, so is y; a finite stand-in gives 0 instead of -inf - -inf."""
-    lowest = onnx_io.lowest(op.dtype(x))
+    lowest = dtypes.lowest(op.dtype(x))
     return op.Mul(g, op.Exp(op.Sub(x, op.Max(y(), lowest))))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 from zilc.vjp.shape import rank_of, reshape_like
 from zilc.vjp.table import defvjp
@@ -288,7 +288,7 @@ def _roi_bins(
     if mode == "max":
         if no_y is not None:
             nowhere = op.Or(op.Unsqueeze(no_y, [1, 4, 5, 6, 7]), op.Unsqueeze(no_x, [1, 2, 3, 4, 7]))
-            weighted = op.Where(nowhere, onnx_io.lowest(op.dtype(x)), weighted)
+            weighted = op.Where(nowhere, dtypes.lowest(op.dtype(x)), weighted)
         return op.ReduceMax(weighted, [3, 4, 6, 7], keepdims=0)
     total = op.ReduceSum(weighted, [3, 4, 6, 7], keepdims=0)
     samples = op.Max(op.Mul(counts[0], counts[1]), 1.0)  # [R, 1] or []
@@ -326,7 +326,7 @@ def _max_roi_pool(
         masks.append(op.And(op.GreaterOrEqual(lines, op.Unsqueeze(low, [2])), op.Less(lines, op.Unsqueeze(high, [2]))))
     values = op.Unsqueeze(op.Gather(x, images, axis=0), [2, 3])  # [R, C, 1, 1, H, W]
     here = op.And(op.Unsqueeze(masks[0], [1, 3, 5]), op.Unsqueeze(masks[1], [1, 2, 4]))
-    lowest = op.scalar_like(onnx_io.lowest(dtype), x)
+    lowest = op.scalar_like(dtypes.lowest(dtype), x)
     r, c = op.dim_of(rois, 0), op.dim_of(x, 1)
     inner = op.Reshape(op.Where(here, values, lowest), _shape(op, r, c, *pooled_shape, -1))
     where = op.ArgMax(inner, axis=4, keepdims=1)  # [R, C, PH, PW, 1]

@@ -21,7 +21,7 @@ import onnx.defs
 import onnx.helper
 import onnx_graphsurgeon as gs
 
-from zilc import onnx_io
+from zilc import dtypes
 from zilc.emit import Emitter
 
 Formula = Callable[..., gs.Tensor | None]
@@ -152,7 +152,7 @@ def no_gradient(*ops: str, since: int = 1, domain: str = "", note: str = "") -> 
 def lookup(node: gs.Node, opset: int) -> Rule | None:
     """The rule of a node's operator at ``opset``: the written one, else one derived from its function body, or None."""
     straight = STRAIGHT.get(node.op)
-    if straight is not None and any(onnx_io.is_straight(t) for t in (*node.inputs, *node.outputs)):
+    if straight is not None and any(dtypes.is_straight(t) for t in (*node.inputs, *node.outputs)):
         return straight
     rule = TABLE.lookup(node.op, opset, node.domain)
     if rule is not None:
@@ -313,7 +313,7 @@ def differentiable_operands(node: gs.Node, opset: int) -> Callable[[int], bool]:
     Both ends must hold floating-point numbers, as far as types are known.  An operator without a rule counts as
     differentiable, so that levels do not depend on what zilc can differentiate.
     """
-    if not any(t.name and onnx_io.may_hold_floats(t) for t in node.outputs):
+    if not any(t.name and dtypes.may_hold_floats(t) for t in node.outputs):
         return lambda operand: False
     rule: Rule | None = None
     known = False
@@ -321,7 +321,7 @@ def differentiable_operands(node: gs.Node, opset: int) -> Callable[[int], bool]:
     def flows(operand: int) -> bool:
         nonlocal rule, known
         tensor = node.inputs[operand]
-        if not tensor.name or not onnx_io.may_hold_floats(tensor):
+        if not tensor.name or not dtypes.may_hold_floats(tensor):
             return False
         if not known:
             rule, known = lookup(node, opset), True
