@@ -226,13 +226,17 @@ def test_a_batch_on_the_host(model: Any, monkeypatch: pytest.MonkeyPatch, sets: 
 
     monkeypatch.setattr(onnxruntime.IOBinding, "bind_cpu_input", counted)
     assert [trainer.step(placed) for _ in range(4)] == [plain.step(feeds) for _ in range(4)]
-    first = bound.count("target")
-    assert first == 4 + 2  # the plain one's, and one a side
+    assert bound.count("target") == 4 + sets  # the plain one's, and one a set
     # Another batch in between is read, and then the placed one again, as it is now.
     assert trainer.step(other) == plain.step(other)
     for array, value in zip(placed.arrays.values(), feeds.values(), strict=True):
         array[...] = value
     assert [trainer.step(placed) for _ in range(2)] == [plain.step(feeds) for _ in range(2)]
+    assert trainer.evaluate(placed).loss == plain.evaluate(feeds).loss == trainer.evaluate(trainer.place(placed)).loss
+    name = next(iter(placed.arrays))
+    placed.arrays[name].shape = (2, -1)
+    with pytest.raises(DataError, match=f"'{name}' has shape"):
+        trainer.step(placed)
 
 
 def test_a_placed_batch_that_is_not_contiguous(model: Any) -> None:

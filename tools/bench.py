@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_cuda  # type: ignore[import-not-found]
-import bench_page  # type: ignore[import-not-found]
+import bench_page
 import numpy as np
 from bench_targets import ALL, CONVOLUTIONAL, TWIN_ROUNDS, TWINS
 from bench_task import HALVES, PRECISIONS, TARGET, Task, device_used_mib
@@ -704,14 +704,14 @@ def main() -> None:
     options = parse()
     if options.from_json:
         made = bench_page.by_machine([run for path in options.from_json for run in bench_page.read(path)])
-        if options.json:
-            options.json.write_text(json.dumps(bench_page.together(made), indent=1))
     else:
         made = [run(options)]
-    for data in made:
-        bench_page.report(data)
     if options.write:
         bench_page.write(made, ROOT / "docs")
+    if options.from_json and options.json:
+        options.json.write_text(json.dumps(bench_page.together(made), indent=1))
+    for data in made:
+        bench_page.report(data)
 
 
 if __name__ == "__main__":

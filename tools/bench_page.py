@@ -53,7 +53,10 @@ def joined(runs: Sequence[Run]) -> Run:
         peaks = {**facts.get("peak_gflops", {}), **own.get("peak_gflops", {})}
         named = f"{facts.get('precision', '')}, {own['precision']}".split(", ")
         precisions = [name for name in PRECISIONS if name in named]
+        days = [day for day in (facts.get("date"), own.get("date")) if day]
         facts = {**facts, **own, "precision": ", ".join(precisions), **({"peak_gflops": peaks} if peaks else {})}
+        if days:
+            facts["date"] = max(days)
         for result in run["results"]:
             results[tuple(result.get(name) for name in ("network", "batch", "precision", "optimizer"))] = result
     return document(list(results.values()), facts)
@@ -88,7 +91,8 @@ def write(runs: Sequence[Run], docs: Path) -> None:
     docs.mkdir(exist_ok=True)
     on_gpu = [run for run in runs if run["facts"]["device"] == "cuda"]
     if len(on_gpu) > 1:
-        raise ValueError(f"runs on different machines: {', '.join(str(run['facts'].get('GPU')) for run in on_gpu)}")
+        named = [f"{run['facts'].get('GPU')} in {run['facts'].get('machine')}" for run in on_gpu]
+        raise ValueError(f"runs on different machines: {', '.join(named)}")
     for run in on_gpu:
         (docs / "BENCHMARKS_CUDA.md").write_text(bench_cuda.markdown(run["results"], run["facts"]))
         (docs / "benchmarks_cuda.json").write_text(json.dumps(run, indent=1) + "\n")
@@ -97,7 +101,8 @@ def write(runs: Sequence[Run], docs: Path) -> None:
         return
     place = docs / "benchmarks.json"
     measured = {run["facts"]["machine"] for run in made}
-    made += [run for run in (read(place) if place.exists() else []) if run["facts"]["machine"] not in measured]
+    present = by_machine(read(place)) if place.exists() else []  # held against the targets of today
+    made += [run for run in present if run["facts"]["machine"] not in measured]
     made.sort(key=lambda run: str(run["facts"]["date"]), reverse=True)
     (docs / "BENCHMARKS.md").write_text(markdown(made))
     place.write_text(json.dumps({"machines": made}, indent=1) + "\n")
@@ -149,7 +154,7 @@ def markdown(runs: Sequence[Run]) -> str:
     lines = ["# Benchmarks", "", textwrap.fill(READING, 118), "", "## Targets", "", textwrap.fill(HELD, 118), ""]
     verdicts = [judge(judged(run["results"])) for run in runs]
     held = [
-        [*each[0].row()[:2], *(": ".join(verdict.row()[2:]) for verdict in each)]
+        [*each[0].row()[:2], *(": ".join(verdict.row()[2 : 3 if verdict.met is None else 4]) for verdict in each)]
         for each in zip(*verdicts, strict=True)
     ]
     lines += [*grid(["target", "limit", *(run["facts"]["machine"] for run in runs)], held), ""]

@@ -30,11 +30,11 @@ class RecordingFailed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A batch on the device, to be fed any number of times.
+    """A checked batch, to be fed any number of times: a copy on the device, or on the host the arrays themselves.
 
     Attributes:
-        values: onnxruntime's, by name; none on the host, where a run reads the arrays themselves.
-        arrays: the same on the host.
+        values: onnxruntime's on the device, by name; none on the host.
+        arrays: on the host.
         owner: of the trainer that checked and placed it.
     """
 
@@ -52,7 +52,7 @@ class Bound:
         feeds: memory that inputs are copied to, by name.
         options: for a run, by side; they name the recording.  None where there is none.
         recorded: sides that have a recording, each with the thread that made it.
-        placed: what was fed last, whole, if it was on the device before.
+        placed: what was fed last, whole, if it was placed before.
     """
 
     bindings: list[Any]
@@ -173,17 +173,21 @@ class Bindings:
             return
         now.placed = None  # until all of it is there
         if self.on_host:
-            as_it_is = True
-            for binding in now.bindings if placed is not None else now.bindings[side : side + 1]:
-                # onnxruntime reads the caller's own memory, which is needed for as long as that is bound and run.
-                for name, array in arrays.items():
-                    if array.dtype.isbuiltin == 1 and array.flags.c_contiguous:
+            # What is placed stays bound, for either side, so it is bound once.
+            bindings = {now.bindings[side]} if placed is None else set(now.bindings)
+            copied = False
+            for name, array in arrays.items():
+                # onnxruntime reads the caller's own memory where it can, and holds on to it until another is bound.
+                direct = array.dtype.isbuiltin == 1 and array.flags.c_contiguous
+                if not direct:
+                    copied = True
+                    now.feeds[name].write(array)
+                for binding in bindings:
+                    if direct:
                         binding.bind_cpu_input(name, array)
                     else:
-                        as_it_is = False
-                        now.feeds[name].write(array)
                         binding.bind_ortvalue_input(name, now.feeds[name].value)
-            now.placed = placed if as_it_is else None
+            now.placed = None if copied else placed  # a copy is made again: the array may have changed
             return
         for name, array in arrays.items():
             if placed is None:
@@ -228,11 +232,6 @@ class Bindings:
         else:
             self._record(session, side)
         return binding
-
-    @property
-    def placed(self) -> Placed | None:
-        """The batch from :meth:`place` that the next run reads if nothing else is fed."""
-        return self._now.placed
 
     @property
     def last(self) -> Any:

@@ -56,7 +56,8 @@ def _is_float_dtype(dtype: Any) -> bool | None:
     known = np_dtype(dtype)
     return None if known is None else known.name in FLOATS
 
-#: Set on quantised ir.tensors through which the gradient passes as if they were not.
+
+#: Set on quantised tensors through which the gradient passes as if they were not.
 STRAIGHT = "_zilc_straight"
 
 
@@ -74,7 +75,7 @@ def carry_straight(tensor: gs.Tensor, made: gs.Tensor) -> None:
 def may_hold_floats(tensor: gs.Tensor) -> bool:
     """Whether floating-point numbers may pass through: a floating tensor, one of unknown type, a sequence or optional.
 
-    What a ir.foreign operator makes has no type unless the file says so.
+    What a foreign operator makes has no type unless the file says so.
     """
     if getattr(tensor, "type", "tensor_type") not in ("tensor_type", None) or is_straight(tensor):
         return True

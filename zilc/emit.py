@@ -48,9 +48,10 @@ class Emitter:
     def __init__(
         self, graph: gs.Graph, names: set[str] | None = None, lowerings: Lowerings | None = None
     ) -> None:
-        self.graph = self._among = graph
-        if names is not None:
-            self.names = set(names)
+        self.graph = graph
+        #: Whose names are avoided.
+        self._among = graph
+        self.names = names_of(graph) if names is None else set(names)
         self._made: dict[tuple, tuple[gs.Variable, ...]] = {}
         self._constants: dict[tuple, gs.Constant] = {}
         #: Results of rules that give the cotangents of all operands at once.
@@ -64,16 +65,20 @@ class Emitter:
 
     @classmethod
     def among(cls, graph: gs.Graph) -> Emitter:
-        """An emitter with a graph of its own, whose nodes will be put among those of ``graph``."""
-        made = cls(gs.Graph(opset=graph.opset))
+        """An emitter with a graph of its own, whose nodes will be put among those of ``graph``.
+
+        Names in use there are looked for with the first that is given: many passes find nothing to emit.
+        """
+        made = cls(gs.Graph(opset=graph.opset), set())
         made._among = graph
+        del made.names
         return made
 
     # -- names and places --
 
     @functools.cached_property
     def names(self) -> set[str]:
-        """Tensor and node names in use; looked for with the first that is given, for many passes emit nothing."""
+        """Tensor and node names in use."""
         return names_of(self._among)
 
     def fresh(self, name: str) -> str:

@@ -349,7 +349,8 @@ class Trainer:
     def place(self, feeds: Mapping[str, Any]) -> Placed:
         """A batch on the device, which :meth:`step` takes as often as wanted without copying it there again.
 
-        On the CPU it is the arrays themselves, checked, in the dtypes that the graph takes.
+        On the CPU it is the arrays themselves, in the dtypes that the graph takes: what is written into them later is
+        seen.
 
         Raises:
             DataError: as :meth:`step`.
@@ -377,8 +378,6 @@ class Trainer:
         """A batch to where the next run reads it; new bindings where a shape is not that of the step before."""
         placed = None
         if isinstance(feeds, Placed):
-            if feeds is self._bindings.placed:
-                return feeds.arrays, feeds
             # Another trainer's is like any arrays: it was not checked for this graph.
             placed, feeds = feeds if feeds.owner is self._token else None, feeds.arrays
         shapes, inputs = self._bindings.shapes, self.inputs
@@ -390,7 +389,9 @@ class Trainer:
                     continue
                 fast = False
                 break
-        arrays: Mapping[str, np.ndarray] = feeds if fast or placed is not None else self._checked(feeds)
+        # A copy on a device stays what it was; arrays on the host may have got another shape.
+        known = fast or (placed is not None and not self._bindings.on_host)
+        arrays: Mapping[str, np.ndarray] = feeds if known else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
             empty = next((name for name, array in arrays.items() if not array.size), None)
             if empty is not None and self._endless:
@@ -404,7 +405,8 @@ class Trainer:
         self._bindings.feed(self._side, arrays, placed)
         return arrays, placed
 
-    def _checked(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _checked(self, feeds: Mapping[str, Any] | Placed) -> dict[str, np.ndarray]:
+        feeds = feeds.arrays if isinstance(feeds, Placed) else feeds
         check_names(self.inputs, feeds, where="feeds", extra=False)
         sizes: dict[str, tuple[int, str]] = {}
         arrays = {}
@@ -414,7 +416,7 @@ class Trainer:
             arrays[name] = array
         return arrays
 
-    def evaluate(self, feeds: Mapping[str, Any]) -> Evaluation:
+    def evaluate(self, feeds: Mapping[str, Any] | Placed) -> Evaluation:
         """Loss and predictions with the present parameters; nothing is updated, and only the forward pass is run.
 
         It is in inference form whatever the mode: with the present running statistics, and without masks.
