@@ -2,8 +2,8 @@
 
 ONNX Runtime's profiler times every kernel of the step as :class:`zilc.Trainer` runs it; the floating-point operations
 of products and convolutions follow from the shapes that it reports.  The step itself, and PyTorch's, are timed without
-the profiler, in turns (tools/bench.py).  A second table times what was tried instead of what is emitted.
-``make profile`` writes docs/PROFILE.md and docs/profile.json.
+the profiler, in turns with others' (tools/bench.py).  A second table times what was tried instead of what is emitted.
+``make profile`` writes docs/PROFILE.md and docs/profile.json, in which other machines' figures stay.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ GROUPS = {
     "masks and pools": ("MaxPool", "AveragePool", "Where", "Greater", "ScatterElements", "GatherElements", "ScatterND"),
 }  # fmt: skip
 REST = "other"
+#: Whose steps products are held against, where targets speak of them.
+PEERS = {"torch": "PyTorch", "ort-training": "onnxruntime-training", "onnx-ad": "onnx-ad"}
 #: Rows and columns of the product whose rate stands for what the runtime reaches at best.
 LARGE = 2048
 
@@ -132,17 +134,17 @@ def large_product() -> float:
 
 HEADER = [
     "network", "zilc, ms", "PyTorch, ms", "nodes", *(f"{name}, ms" for name in (*GROUPS, REST)), "GFLOP",
-    "GFLOP/s in products", "of a large product's", "products / PyTorch's step",
+    "GFLOP/s in products", "of a large product's", *(f"products / {peer}" for peer in PEERS.values()),
 ]  # fmt: skip
 
 
-READING = """Made by `make profile`: a training step (SGD, cross-entropy, the benchmark's batches) on a CPU, kernel by
-kernel, by ONNX Runtime's profiler. The profiler adds some microseconds to each kernel, so that on small networks the
-parts are more than the whole, which is timed without it, in turns with PyTorch's eager step. *products* are
-convolutions and matrix products; *moving* is copies, pads, slices and transposes, most of it for the gradients of
-convolutions' weights. One product of {large} x {large} matrices reaches {best:.0f} GFLOP/s here. The last column is
-what zilc would take beside PyTorch if everything but the products cost nothing: where that is near 1 or above, no other
-graph is faster than PyTorch, only other kernels."""
+READING = f"""Made by `make profile`, on one machine after the other: a training step (SGD, cross-entropy, the
+benchmark's batches) on a CPU, kernel by kernel, by ONNX Runtime's profiler. The profiler adds some microseconds to each
+kernel, so that on small networks the parts are more than the whole, which is timed without it, in turns with others'
+steps. *products* are convolutions and matrix products; *moving* is copies, pads, slices and transposes, most of it for
+the gradients of convolutions' weights. *A large product* is one of {LARGE} x {LARGE} matrices. The last columns are
+what zilc would take beside PyTorch eager, onnxruntime-training and onnx-ad if everything but the products cost nothing:
+where that is near a target or above, no other graph meets it, only other kernels, or fewer multiplications."""
 TRIED = """What is emitted comes first. Relu's derivative as a product would turn an infinite error at a dead unit into
 NaN: where errors can be infinite by rights, Where is emitted. Lowerings of convolutions, pools and tables are in
 [LOWERINGS.md](LOWERINGS.md); softmax, LayerNormalization and BatchNormalization have one form each, for the others are
@@ -158,8 +160,8 @@ def row(network: str, found: list[dict[str, Any]], entry: dict[str, Any], best: 
     work = sum(kernel["operations"] for kernel in found) / 1e9
     peers = entry["peers"]
     return {
-        "network": network, "ms": peers["zilc"]["ms"], "torch_ms": peers["torch"]["ms"],
-        "ratio": peers["torch"]["zilc_ratio"], "nodes": len(found), "groups": groups, "gflop": work,
+        "network": network, "ms": peers["zilc"]["ms"], "nodes": len(found), "groups": groups, "gflop": work,
+        "peers": {name: peers[name]["ms"] for name in PEERS if "ms" in peers.get(name, {})},
         "rate": work / groups["products"] * 1e3, "share": work / groups["products"] * 1e3 / best,
         "slowest": sorted(found, key=lambda kernel: -kernel["us"])[:10],
     }  # fmt: skip
@@ -167,42 +169,64 @@ def row(network: str, found: list[dict[str, Any]], entry: dict[str, Any], best: 
 
 def cells(entry: dict[str, Any]) -> list[str]:
     """A row for people."""
+    products, peers = entry["groups"]["products"], entry["peers"]
     return [
-        entry["network"], f"{entry['ms']:.3g}", f"{entry['torch_ms']:.3g}", str(entry["nodes"]),
-        *(f"{x:.3g}" for x in entry["groups"].values()), f"{entry['gflop']:.3g}", f"{entry['rate']:.0f}",
-        f"{entry['share']:.0%}", f"{entry['groups']['products'] / entry['torch_ms']:.2f}",
+        entry["network"], f"{entry['ms']:.3g}", f"{peers['torch']:.3g}" if "torch" in peers else "",
+        str(entry["nodes"]), *(f"{x:.3g}" for x in entry["groups"].values()), f"{entry['gflop']:.3g}",
+        f"{entry['rate']:.0f}", f"{entry['share']:.0%}",
+        *(f"{products / peers[name]:.2f}" if name in peers else "" for name in PEERS),
     ]  # fmt: skip
 
 
-def markdown(made: dict[str, Any]) -> str:
+def markdown(machines: Sequence[dict[str, Any]]) -> str:
     """docs/PROFILE.md."""
-    facts = made["facts"]
-    lines = [
-        "# Where a step's time goes", "",
-        textwrap.fill(READING.format(large=LARGE, best=made["best"]), 110), "",
-        f"{facts['date']}, machine {facts['machine']}, Python {facts['Python']}, onnxruntime {facts['onnxruntime']}, "
-        f"torch {facts['torch']}.", "",
-        *grid(HEADER, [cells(entry) for entry in made["rows"]]), "",
-        "## The slowest kernels", "",
-        *grid(
-            ["network", "kernel", "ms", "of all"],
-            [
-                [entry["network"], f"{k['operator']} `{k['name']}`", f"{k['us'] / 1e3:.3g}",
-                 f"{k['us'] / 1e3 / sum(entry['groups'].values()):.1%}"]
-                for entry in made["rows"] for k in entry["slowest"][:5]
-            ],
-        ), "",
-    ]  # fmt: skip
-    if made["tried"]:
+    lines = ["# Where a step's time goes", "", textwrap.fill(READING, 110), ""]
+    for made in machines:
+        facts = made["facts"]
+        lines += [
+            f"## {facts['machine']}", "",
+            f"{facts['date']}, Python {facts['Python']}, onnxruntime {facts['onnxruntime']}, torch {facts['torch']}; a "
+            f"large product reaches {made['best']:.0f} GFLOP/s.", "",
+            *grid(HEADER, [cells(entry) for entry in made["rows"]]), "",
+            "The slowest kernels:", "",
+            *grid(
+                ["network", "kernel", "ms", "of all"],
+                [
+                    [entry["network"], f"{k['operator']} `{k['name']}`", f"{k['us'] / 1e3:.3g}",
+                     f"{k['us'] / 1e3 / sum(entry['groups'].values()):.1%}"]
+                    for entry in made["rows"] for k in entry["slowest"][:5]
+                ],
+            ), "",
+        ]  # fmt: skip
+    tables = {made["facts"]["machine"]: made["tried"] for made in machines if made["tried"]}
+    if tables:
+        first = next(iter(tables.values()))
         lines += [
             "## What was tried", "",
             textwrap.fill(TRIED, 110), "",
             *grid(
-                ["what", "how", "ms"],
-                [[what, how, f"{ms:.3g}"] for what, forms in made["tried"].items() for how, ms in forms.items()],
+                ["what", "how", *(f"ms, {machine}" for machine in tables)],
+                [
+                    [what, how, *(_time(tried, what, how) for tried in tables.values())]
+                    for what, forms in first.items() for how in forms
+                ],
             ), "",
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _time(tried: dict[str, dict[str, float]], what: str, how: str) -> str:
+    ms = tried.get(what, {}).get(how)
+    return "" if ms is None else f"{ms:.3g}"
+
+
+def write(made: dict[str, Any], docs: Path) -> None:
+    """The page and its data: this machine's figures in place of its old ones, before those of others."""
+    place = docs / "profile.json"
+    present = json.loads(place.read_text())["machines"] if place.exists() else []
+    machines = [made, *(one for one in present if one["facts"]["machine"] != made["facts"]["machine"])]
+    (docs / "PROFILE.md").write_text(markdown(machines))
+    place.write_text(json.dumps({"machines": machines}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -219,7 +243,7 @@ def main() -> None:
     best, measured = large_product(), []
     for network in options.networks.split(","):
         console.print(f"{network} …", markup=False)
-        entry = bench.measure(network, ["zilc", "torch"], options.rounds, side, "sgd", console)
+        entry = bench.measure(network, ["zilc", *PEERS], options.rounds, side, "sgd", console)
         measured.append((network, kernels(network, options.seconds), entry))
         best = max(best, large_product())  # the machine's speed varies
     rows = [row(*each, best) for each in measured]
@@ -237,8 +261,7 @@ def main() -> None:
     for what, forms in made["tried"].items():
         console.print(f"{what}: " + ", ".join(f"{how} {ms:.3g} ms" for how, ms in forms.items()), markup=False)
     if options.write:
-        (DOCS / "PROFILE.md").write_text(markdown(made))
-        (DOCS / "profile.json").write_text(json.dumps(made, indent=1) + "\n")
+        write(made, DOCS)
 
 
 if __name__ == "__main__":
