@@ -144,7 +144,9 @@ first losses are checked.  Machines of this kind are noisy: read the ratios.  Me
 peak, how much of it came after the imports, and the peak in steps alone, once the step was built and run twice.  Peers
 have a new order in each round; zilc and zilc-bp, whose graphs hold the same nodes, go on alone to {TWIN_ROUNDS} times
 the rounds.  The sooner a process was built the slower it is on these machines, by some hundredths: so these two are
-built twice, before all others and behind them, and count as the geometric mean of both."""
+built twice, before all others and behind them, and count as the geometric mean of both.  On the MLP, the RNN and
+AlexNet the two are one graph, node for node (tests/test_equivalence.py): what their ratio is off 1 is the machine's
+doing."""
 HELD = """zilc's figure over the peer's; a target counts as met only where all that it needs was measured.  Where the
 time of a step goes, kernel by kernel, and what was tried to shorten it: [PROFILE.md](PROFILE.md)."""
 
