@@ -49,8 +49,8 @@ cuda-kernels: .venv/test.stamp
 scale: .venv/test.stamp
 	.venv/bin/python tools/scale.py --write
 
-# Where a step's time goes, kernel by kernel, beside PyTorch: docs/PROFILE.md.
-profile: .venv/test.stamp
+# Where a step's time goes, kernel by kernel, beside others' steps: docs/PROFILE.md.
+profile: .venv/test.stamp .venv-ort-training/bench.stamp .venv-peers/bench.stamp
 	.venv/bin/python -W ignore tools/profile_step.py --write
 
 recompute: .venv/test.stamp

@@ -177,12 +177,13 @@ def test_optimised_graphs_run_the_same_operators(network, tmp_path):
     assert operators(zil, tmp_path / "zil.onnx") == operators(bp, tmp_path / "bp.onnx")
 
 
-def _nodes(step: zilc.TrainingStep) -> list[tuple[str, tuple[Any, ...]]]:
-    """The nodes in order: operators, and operands as which output of which node, or the name of what no node makes."""
+def _nodes(step: zilc.TrainingStep) -> list[tuple[Any, ...]]:
+    """The nodes in order, operands as which output of which node it is, or the name of what no node makes."""
     made: dict[str, tuple[int, int]] = {}
-    found: list[tuple[str, tuple[Any, ...]]] = []
+    found: list[tuple[Any, ...]] = []
     for node in step.model.graph.node:
-        found.append((node.op_type, tuple(made.get(name, name) for name in node.input)))
+        attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        found.append((node.domain, node.op_type, attributes, [made.get(name, name) for name in node.input]))
         made.update({name: (len(found), k) for k, name in enumerate(node.output)})
     return found
 

@@ -9,7 +9,7 @@ and backpropagation, whose graphs hold the same nodes, go on alone for as many r
 before all others and behind them.
 
 ``make bench`` sets up the environments of the peers that need their own, and runs this.  ``--write`` writes
-docs/BENCHMARKS.md and docs/benchmarks.json, in which other machines' runs stay.
+docs/BENCHMARKS.md and docs/benchmarks.json, in which what was not measured again stays.
 
 With ``--device cuda`` each peer's GPU memory is measured too, and how much of the device's best rate it reaches; the
 peers of several networks are built at the same time (``--builds``) and timed one after another, and ``--write`` writes
@@ -659,8 +659,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results here, after each network")
     parser.add_argument("--from-json", type=_files, metavar="FILE,…", help="show these runs, joined by machine")
     parser.add_argument(
-        "--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json, where runs on other "
-        "machines stay, or for cuda "
+        "--write", action="store_true", help="write docs/BENCHMARKS.md and docs/benchmarks.json, where what was not "
+        "measured again stays, or for cuda "
         "docs/BENCHMARKS_CUDA.md and docs/benchmarks_cuda.json",
     )  # fmt: skip
     options = parser.parse_args(arguments)

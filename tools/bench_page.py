@@ -83,7 +83,7 @@ def read(path: Path) -> list[Run]:
 
 
 def write(runs: Sequence[Run], docs: Path) -> None:
-    """Pages and their data; of the CPU, what is there of other machines stays.
+    """Pages and their data; of the CPU, what is there stays if it was not measured again.
 
     Raises:
         ValueError: runs on several GPUs, of which the page shows one.
@@ -100,9 +100,7 @@ def write(runs: Sequence[Run], docs: Path) -> None:
     if not made:
         return
     place = docs / "benchmarks.json"
-    measured = {run["facts"]["machine"] for run in made}
-    present = by_machine(read(place)) if place.exists() else []  # held against the targets of today
-    made += [run for run in present if run["facts"]["machine"] not in measured]
+    made = by_machine([*(read(place) if place.exists() else []), *made])
     made.sort(key=lambda run: str(run["facts"]["date"]), reverse=True)
     (docs / "BENCHMARKS.md").write_text(markdown(made))
     place.write_text(json.dumps({"machines": made}, indent=1) + "\n")

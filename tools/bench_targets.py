@@ -46,10 +46,16 @@ class Verdict:
         """Name, limit, figures and verdict, for people."""
         needed, networks = self.target.needed, self.target.networks
         limit = f"≤ {self.target.limit:g}" + (f" on {needed} of {len(networks)}" if needed else "")
-        figures = ", ".join(
-            f"{name} " + ("not measured" if value is None else f"{value:.3f}") for name, value in self.measured.items()
-        )
+        figures = ", ".join(f"{name} {self._shown(value)}" for name, value in self.measured.items())
         return [self.target.name, limit, figures, {True: "met", False: "missed", None: "not measured"}[self.met]]
+
+
+    def _shown(self, value: float | None) -> str:
+        """With another digit where three would look like the limit."""
+        if value is None:
+            return "not measured"
+        hidden = (round(value, 3) <= self.target.limit) != (value <= self.target.limit)
+        return f"{value:.4f}" if hidden else f"{value:.3f}"
 
 
 TARGETS: tuple[Target, ...] = (

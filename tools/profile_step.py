@@ -1,9 +1,10 @@
 """Where a training step's time goes on a CPU: ``python tools/profile_step.py [--networks mlp3] [--write]``.
 
 ONNX Runtime's profiler times every kernel of the step as :class:`zilc.Trainer` runs it; the floating-point operations
-of products and convolutions follow from the shapes that it reports.  The step itself, and PyTorch's, are timed without
-the profiler, in turns with others' (tools/bench.py).  A second table times what was tried instead of what is emitted.
-``make profile`` writes docs/PROFILE.md and docs/profile.json, in which other machines' figures stay.
+of products and convolutions follow from the shapes that it reports.  The step itself is timed without the profiler, in
+turns with PyTorch's, onnxruntime-training's and onnx-ad's (tools/bench.py).  A second table times what was tried
+instead of what is emitted.  ``make profile`` writes docs/PROFILE.md and docs/profile.json, in which the figures of
+other machines stay.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ kernel, so that on small networks the parts are more than the whole, which is ti
 steps. *products* are convolutions and matrix products; *moving* is copies, pads, slices and transposes, most of it for
 the gradients of convolutions' weights. *A large product* is one of {LARGE} x {LARGE} matrices. The last columns are
 what zilc would take beside PyTorch eager, onnxruntime-training and onnx-ad if everything but the products cost nothing:
-where that is near a target or above, no other graph meets it, only other kernels, or fewer multiplications."""
+where that is near a target or above, no other graph meets it, only other kernels, or fewer multiplications. What is
+empty was not measured there."""
 TRIED = """What is emitted comes first. Relu's derivative as a product would turn an infinite error at a dead unit into
 NaN: where errors can be infinite by rights, Where is emitted. Lowerings of convolutions, pools and tables are in
 [LOWERINGS.md](LOWERINGS.md); softmax, LayerNormalization and BatchNormalization have one form each, for the others are
@@ -200,15 +202,14 @@ def markdown(machines: Sequence[dict[str, Any]]) -> str:
         ]  # fmt: skip
     tables = {made["facts"]["machine"]: made["tried"] for made in machines if made["tried"]}
     if tables:
-        first = next(iter(tables.values()))
+        forms = dict.fromkeys((what, how) for tried in tables.values() for what in tried for how in tried[what])
         lines += [
             "## What was tried", "",
             textwrap.fill(TRIED, 110), "",
             *grid(
                 ["what", "how", *(f"ms, {machine}" for machine in tables)],
                 [
-                    [what, how, *(_time(tried, what, how) for tried in tables.values())]
-                    for what, forms in first.items() for how in forms
+                    [what, how, *(_time(tried, what, how) for tried in tables.values())] for what, how in forms
                 ],
             ), "",
         ]  # fmt: skip
@@ -221,10 +222,16 @@ def _time(tried: dict[str, dict[str, float]], what: str, how: str) -> str:
 
 
 def write(made: dict[str, Any], docs: Path) -> None:
-    """The page and its data: this machine's figures in place of its old ones, before those of others."""
+    """The page and its data: what was measured in place of the machine's old figures, before those of others."""
     place = docs / "profile.json"
     present = json.loads(place.read_text())["machines"] if place.exists() else []
-    machines = [made, *(one for one in present if one["facts"]["machine"] != made["facts"]["machine"])]
+    machines = [made]
+    for one in present:
+        if one["facts"]["machine"] != made["facts"]["machine"]:
+            machines.append(one)
+            continue
+        rows = {row["network"]: row for row in (*one["rows"], *made["rows"])}
+        machines[0] = {**made, "rows": list(rows.values()), "tried": {**one["tried"], **made["tried"]}}
     (docs / "PROFILE.md").write_text(markdown(machines))
     place.write_text(json.dumps({"machines": machines}, indent=1) + "\n")
 

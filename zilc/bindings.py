@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,8 @@ class Bindings:
         Args:
             buffers: where; by default in memory of its own.
         """
+        # Views and no other entries: what the caller makes of its arrays' shapes, or of this, is not run.
+        arrays = MappingProxyType({name: array.view() for name, array in arrays.items()})
         if self.on_host:
             return Placed({}, arrays, owner)
         with self.recording:

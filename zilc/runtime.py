@@ -346,11 +346,11 @@ class Trainer:
                 hint="Load a state, or make the trainer anew.",
             )
 
-    def place(self, feeds: Mapping[str, Any]) -> Placed:
+    def place(self, feeds: Mapping[str, Any] | Placed) -> Placed:
         """A batch on the device, which :meth:`step` takes as often as wanted without copying it there again.
 
-        On the CPU it is the arrays themselves, in the dtypes that the graph takes: what is written into them later is
-        seen.
+        On the CPU it is the arrays themselves, where their dtypes are those that the graph takes: what is written into
+        them later is then seen.
 
         Raises:
             DataError: as :meth:`step`.
@@ -389,9 +389,7 @@ class Trainer:
                     continue
                 fast = False
                 break
-        # A copy on a device stays what it was; arrays on the host may have got another shape.
-        known = fast or (placed is not None and not self._bindings.on_host)
-        arrays: Mapping[str, np.ndarray] = feeds if known else self._checked(feeds)
+        arrays: Mapping[str, np.ndarray] = feeds if fast or placed is not None else self._checked(feeds)
         if not fast and any(a.shape != shapes.get(n) for n, a in arrays.items()):
             empty = next((name for name, array in arrays.items() if not array.size), None)
             if empty is not None and self._endless:
@@ -426,9 +424,10 @@ class Trainer:
         """
         self._ensure_whole()
         arrays = self._checked(feeds)
+        placed = feeds.values if isinstance(feeds, Placed) and feeds.owner is self._token else {}
         if self._evaluator is None:
             self._evaluator = _Evaluator(self)
-        return self._evaluator.run(arrays, self._sides[self._side])
+        return self._evaluator.run(arrays, placed, self._sides[self._side])
 
     # -- loops and files --
 
@@ -551,10 +550,16 @@ class _Evaluator:
         self._inputs = [i.name for i in model.graph.input]
         self._device, self._scalars = trainer._device, trainer._scalars
 
-    def run(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Buffer]) -> Evaluation:
+    def run(
+        self, arrays: Mapping[str, np.ndarray], placed: Mapping[str, Any], state: Mapping[str, Buffer]
+    ) -> Evaluation:
+        """With ``arrays`` as inputs, but for those that are ``placed`` on the device."""
         binding = self._session.io_binding()
         held = []
         for name in self._inputs:
+            if name in placed:
+                binding.bind_ortvalue_input(name, placed[name])
+                continue
             buffer = state.get(name) or self._scalars.get(name)
             if buffer is None:
                 buffer = Buffer(arrays[name].shape, arrays[name].dtype, self._device)
