@@ -100,3 +100,10 @@ def test_billions_of_parameters_are_compiled_without_reading_them(tmp_path: Path
     read, grown = json.loads(done.stdout.splitlines()[-1])
     assert read < 64 << 20
     assert grown < 400
+
+
+def test_the_least_of_levelling_has_all_nodes(chain: onnx.ModelProto) -> None:
+    made = scale.write_nodes(chain.graph, 7)
+    old = [(n.op_type, n.name, list(n.input), list(n.output)) for n in chain.graph.node]
+    assert [(n.op_type, n.name, list(n.input), list(n.output)) for n in made.node][:-7] == old
+    assert {n.op_type for n in made.node[-7:]} == {"Identity"}
