@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from zilc import dtypes, ir
-from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name
+from zilc import dtypes
+from zilc.graph import INSERTED, Dataflow, Edge, Rebuild, active_part, captured, fresh_name, names_of
 from zilc.passes import contracts
 from zilc.passes.levels import Levels
 from zilc.vjp.table import differentiable_operands
@@ -46,7 +46,7 @@ def levelled_flow(graph: gs.Graph, flow: Dataflow, levels: Levels, *, placement:
     """The active part of :func:`insert_identities`'s graph, which finds it anyway to check what it ensures."""
     contracts.require(contracts.acyclic(graph), "acyclic")
     rebuild = Rebuild(graph)
-    names = set(ir.tensors(graph)) | {n.name for n in graph.nodes}
+    names = names_of(graph)
     position = {id(node): v for v, node in enumerate(flow.vertices)}
     taps: dict[tuple[int, int], gs.Tensor] = {}  # (consumer, operand) -> the tensor it now reads
 

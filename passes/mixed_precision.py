@@ -34,7 +34,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import dtypes, ir, onnx_io
 from zilc.errors import OptionError
-from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name, is_standard
+from zilc.graph import FROZEN, INFERENCE, PRECISION, Rebuild, captured, fresh_name, is_standard, names_of
 from zilc.passes import contracts
 from zilc.passes.parameters import READ_LIMIT
 
@@ -153,7 +153,7 @@ class _Rewrite:
         self.pliant: dict[str, bool] = {}
         self.operands: dict[int, list[int]] = {}
         self.rebuild = Rebuild(graph)
-        self.names = set(ir.tensors(graph)) | {node.name for node in graph.nodes if node.name}
+        self.names = names_of(graph)
         self.low_tensors: dict[str, gs.Variable] = {}
         self.widened: set[str] = set()
 

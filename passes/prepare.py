@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import dtypes, foreign, ir, onnx_io
 from zilc.errors import ModelError, OptionError
-from zilc.graph import INSERTED, Dataflow, Rebuild, fresh_name
+from zilc.graph import INSERTED, Dataflow, Rebuild, fresh_name, is_standard
 from zilc.onnx_io import Source
 from zilc.passes.identities import flow_of
 from zilc.passes.inline import inline_control_flow, lift_inner_constants
@@ -268,7 +268,7 @@ def lift_constants(graph: gs.Graph) -> gs.Graph:
 
 
 def _constant_values(node: gs.Node) -> np.ndarray | ir.FilledValues | None:
-    if node.domain not in (None, "", "ai.onnx"):
+    if not is_standard(node):
         return None
     if node.op == "Constant":
         attrs = node.attrs
@@ -299,7 +299,7 @@ def name_casts(graph: gs.Graph) -> gs.Graph:
         return graph
     rebuild = Rebuild(graph)
     for node in graph.nodes:
-        dtype = node.inputs[1].dtype if node.op == "CastLike" and node.domain in (None, "", "ai.onnx") else None
+        dtype = node.inputs[1].dtype if node.op == "CastLike" and is_standard(node) else None
         if dtype is None:
             rebuild.add(node)
             continue
@@ -329,7 +329,7 @@ def remove_identities(graph: gs.Graph, *, keep: Collection[str] = ()) -> gs.Grap
 
     dropped: set[int] = set()
     for node in graph.nodes:
-        if node.op != "Identity" or node.domain not in (None, "", "ai.onnx"):
+        if node.op != "Identity" or not is_standard(node):
             continue
         if getattr(node.inputs[0], "type", "tensor_type") != "tensor_type":
             continue

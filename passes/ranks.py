@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import ir
 from zilc.emit import Emitter
-from zilc.graph import Rebuild
+from zilc.graph import Rebuild, is_standard
 
 #: Operators whose attribute ``axis`` names a dimension of every operand that is listed here (None: of all).
 _AXIS: dict[str, tuple[int, ...] | None] = {
@@ -89,7 +89,7 @@ def _loose(tensor: gs.Tensor) -> bool:
 
 def _axes(node: gs.Node) -> list[int] | None:
     """The axes of a Squeeze without any, where they follow."""
-    if node.op != "Squeeze" or node.domain not in (None, "", "ai.onnx") or node.attrs.get("axes"):
+    if node.op != "Squeeze" or not is_standard(node) or node.attrs.get("axes"):
         return None
     if len(node.inputs) > 1 and node.inputs[1].name:
         return None
@@ -106,7 +106,7 @@ def _least(tensor: gs.Tensor) -> int:
     """How many dimensions a tensor must have for its readers, at the least."""
     found = 0
     for node in tensor.outputs:
-        if node.domain not in (None, "", "ai.onnx"):
+        if not is_standard(node):
             continue
         places = [k for k, t in enumerate(node.inputs) if t is tensor]
         if node.op in _SAME and 0 in places:

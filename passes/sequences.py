@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import ir
 from zilc.emit import Emitter
-from zilc.graph import Rebuild, copy_node, copy_tensor
+from zilc.graph import Rebuild, copy_node, copy_tensor, is_standard
 
 #: A tensor, a sequence of values, or an optional that holds nothing.
 Value = Any
@@ -38,7 +38,7 @@ def resolve_sequences(graph: gs.Graph) -> gs.Graph:
     Before:  x -> SplitToSequence -> s -> SequenceAt(0) -> a
     After:   x -> Split -> a, b
     """
-    if not any(node.op in OPERATORS and node.domain in (None, "", "ai.onnx") for node in graph.nodes):
+    if not any(node.op in OPERATORS and is_standard(node) for node in graph.nodes):
         return graph
     return _Resolver(graph).run()
 
@@ -142,7 +142,7 @@ class _Resolver:
 
     def evaluate(self, node: gs.Node, values: list[Value], local: Mapping[str, Value]) -> list[Value] | None:
         """The values of a node's outputs; None where it is an ordinary operator, or its sequence is not known."""
-        if node.domain not in (None, "", "ai.onnx"):
+        if not is_standard(node):
             return None
         if node.op == "Identity" and isinstance(values[0], (list, type(_ABSENT))) and values[0] is not None:
             return [values[0]]

@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 
 from zilc import dtypes
 from zilc.errors import ModelError, describe_vertex
-from zilc.graph import Rebuild
+from zilc.graph import Rebuild, is_standard
 
 #: Operators that compute with integers where a QDQ model computes with floating-point numbers.
 INTEGER = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"})
@@ -24,7 +24,7 @@ def pass_through(graph: gs.Graph, opset: int, where: str) -> tuple[gs.Graph, lis
     Raises:
         ModelError: the model computes with integers, or nothing in it is quantised and dequantised.
     """
-    integer = [n for n in graph.nodes if n.op in INTEGER and n.domain in (None, "", "ai.onnx")]
+    integer = [n for n in graph.nodes if n.op in INTEGER and is_standard(n)]
     if integer:
         shown = ", ".join(describe_vertex(n.name or n.outputs[0].name, n.op, opset=opset) for n in integer[:4])
         more = f" and {len(integer) - 4} more" if len(integer) > 4 else ""

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from zilc.emit import Emitter
 from zilc.errors import describe_vertex
-from zilc.graph import Rebuild, captured
+from zilc.graph import Rebuild, captured, is_standard
 from zilc.vjp import table
 from zilc.vjp.over_time import scanned
 from zilc.vjp.recurrent import (
@@ -50,13 +50,13 @@ def unroll(graph: gs.Graph, notes: list[str], *, limit: int = LIMIT) -> gs.Graph
         notes: receives a line on each recurrent operator.
         limit: the longest sequence to unroll.
     """
-    if not any(node.op in GATES and node.domain in (None, "", "ai.onnx") for node in graph.nodes):
+    if not any(node.op in GATES and is_standard(node) for node in graph.nodes):
         return graph
     rebuild = Rebuild(graph)
     shell = gs.Graph(nodes=rebuild.nodes, opset=graph.opset)
     names = Emitter(graph).names
     for node in graph.nodes:
-        if node.op not in GATES or node.domain not in (None, "", "ai.onnx"):
+        if node.op not in GATES or not is_standard(node):
             rebuild.add(node)
             continue
         states = (5,) if node.op != "LSTM" else (5, 6)

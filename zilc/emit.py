@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from zilc import cuda_forms, dtypes, ir, type_inference
-from zilc.graph import fresh_name
+from zilc.graph import fresh_name, names_of
 from zilc.lowerings import Lowerings
 
 Operand: TypeAlias = gs.Tensor | float | int | bool | np.ndarray | np.generic | Sequence[int] | None
@@ -408,20 +408,6 @@ def _product(dims: Sequence[Dim]) -> int | None:
     """Of dimensions that are all known numbers, else None."""
     known = [int(n) for n in dims if isinstance(n, (int, np.integer))]
     return math.prod(known) if len(known) == len(dims) else None
-
-
-def names_of(graph: gs.Graph) -> set[str]:
-    """Names of tensors and nodes in use, subgraphs included."""
-    names = {t.name for t in (*graph.inputs, *graph.outputs)}
-    for node in graph.nodes:
-        if node.name:
-            names.add(node.name)
-        names.update([t.name for t in node.inputs])
-        names.update([t.name for t in node.outputs])
-        for inner in ir.subgraphs(node):
-            names |= names_of(inner)
-    names.discard("")
-    return names
 
 
 def _key(op: str, domain: str | None, inputs: Sequence[gs.Tensor], attrs: dict[str, Any], outputs: int) -> tuple:

@@ -262,6 +262,20 @@ def _vertex_names(nodes: Sequence[gs.Node]) -> list[str]:
     return names
 
 
+def names_of(graph: gs.Graph) -> set[str]:
+    """Names of tensors and nodes in use, subgraphs included."""
+    names = {t.name for t in (*graph.inputs, *graph.outputs)}
+    for node in graph.nodes:
+        if node.name:
+            names.add(node.name)
+        names.update([t.name for t in node.inputs])
+        names.update([t.name for t in node.outputs])
+        for inner in ir.subgraphs(node):
+            names |= names_of(inner)
+    names.discard("")
+    return names
+
+
 def fresh_name(name: str, taken: set[str]) -> str:
     """``name``, or ``name_1``, ``name_2`` … if taken; taken from now on."""
     candidate, count = name, 0

@@ -14,7 +14,8 @@ import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from zilc import dtypes, ir, onnx_io
+from zilc import dtypes, foreign, ir, onnx_io
+from zilc.graph import is_standard
 
 #: dtype and shape of a tensor as far as they are known; a shape's entries are numbers, names or None.
 Inferred = tuple[np.dtype | None, list[int | str | None] | None]
@@ -27,9 +28,7 @@ INFERRED_LIMIT = 4096
 def infer_types(node: gs.Node, opset: int) -> list[Inferred]:
     """dtype and shape of each output of one node, by onnx's inference; (None, None) where it cannot tell."""
     unknown: list[Inferred] = [(None, None)] * len(node.outputs)
-    if node.domain not in (None, "", "ai.onnx"):
-        from zilc import foreign
-
+    if not is_standard(node):
         made_of = foreign.infer_types(node)
         known = [tuple(t) for t in made_of or []][: len(node.outputs)]
         return [*known, *unknown[len(known) :]]  # type: ignore[list-item]
